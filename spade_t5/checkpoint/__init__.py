@@ -1,0 +1,27 @@
+"""Checkpoints that load at any world size, and folders that verify themselves."""
+
+from spade_t5.checkpoint.checkpoint import (
+    checkpoint_path,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    read_weights,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from spade_t5.checkpoint.manifest import publish, verify_folder, write_manifest
+
+__all__ = [
+    "checkpoint_path",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "publish",
+    "read_state",
+    "read_weights",
+    "save_checkpoint",
+    "verify_checkpoint",
+    "verify_folder",
+    "write_manifest",
+]

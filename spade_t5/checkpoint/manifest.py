@@ -1,0 +1,107 @@
+"""A folder that appears whole or not at all, and that knows the hash of each of its files.
+
+Files are written into a hidden folder beside the final one, synced to disk, listed in `manifest.json` with size and sha256 (the manifest
+carries its own), and published by one rename.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from spade_t5.errors import DataError
+
+MANIFEST = "manifest.json"
+_CHUNK_BYTES = 1 << 22
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file; the file is synced to disk first."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a folder's list of names to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path, entries: dict[str, dict[str, Any]], **facts: Any) -> None:
+    """Writes `manifest.json` over the files named in `entries` (from `file_entry`), with further `facts`."""
+    content = {**facts, "files": dict(sorted(entries.items()))}
+    path = folder / MANIFEST
+    path.write_text(json.dumps({**content, "sha256": _own_hash(content)}, indent=1), encoding="utf-8")
+    sync(path)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Gives a finished folder its name, atomically."""
+    sync(temporary)
+    os.rename(temporary, final)
+    sync(final.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, checked against its own hash.
+
+    Raises:
+        DataError: it is missing, damaged, or names a file outside the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        own_hash = content.pop("sha256")
+        names = list(content["files"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise DataError(f"{path}: missing or unreadable; the folder was not written completely, use another one") from None
+    if own_hash != _own_hash(content):
+        raise DataError(f"{path}: its content does not match its own hash; the folder is damaged, use another one")
+    for name in names:
+        if Path(name).name != name:
+            raise DataError(f"{path}: names {name!r}, which is not a plain file name; refused")
+    return content
+
+
+def check_file(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    """Compares a file with its manifest entry.
+
+    Raises:
+        DataError: the file is missing, or its size or hash is another.
+    """
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise DataError(f"{path}: missing or not a plain file; the folder is damaged, use another one")
+    if path.stat().st_size != entry["bytes"]:
+        raise DataError(f"{path}: {path.stat().st_size} bytes, expected {entry['bytes']}; the folder is damaged, use another one")
+    if file_sha256(path) != entry["sha256"]:
+        raise DataError(f"{path}: sha256 differs from the manifest; the folder is damaged, use another one")
+
+
+def verify_folder(folder: Path) -> dict[str, Any]:
+    """Checks every file of a folder against its manifest, which is returned.
+
+    Raises:
+        DataError: as `read_manifest` and `check_file`.
+    """
+    content = read_manifest(folder)
+    for name, entry in content["files"].items():
+        check_file(folder, name, entry)
+    return content
+
+
+def _own_hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

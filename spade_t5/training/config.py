@@ -1,0 +1,83 @@
+"""How a model is trained: everything that pretraining and fine-tuning share."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from spade_t5.training.optimizers import AdamWConfig, OptimizerConfig, check_zero_stage
+from spade_t5.training.schedules import ConstantSchedule, Schedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeepSpeedConfig:
+    """The part of training that DeepSpeed does; its own JSON is derived from this tree by `deepspeed_json`."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """0 copies everything to all ranks; 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    offload_optimizer: bool = False
+    """Keep the sharded optimizer states in host memory (ZeRO 1-3, GPUs only)."""
+    bucket_numel: int = 200_000_000
+    """Number of elements reduced or gathered at once; smaller takes less memory."""
+    persistence_threshold_numel: int = 100_000
+    """ZeRO 3: parameters with fewer elements than this stay whole on every rank."""
+
+    def __post_init__(self) -> None:
+        """Checks the fields against each other."""
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3; set zero_stage or switch it off")
+        if self.bucket_numel < 1:
+            raise ValueError(f"bucket_numel: {self.bucket_numel} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """One training run: how long, how large the batches, which optimizer, what is saved when."""
+
+    steps: int
+    """Number of optimizer steps."""
+    global_batch_rows: int
+    """Rows in one optimizer step, over all ranks and micro-batches."""
+    micro_batch_rows: int
+    """Rows that one rank runs through the model at once; accumulation follows from it, a remainder is filled with empty rows."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: AdamWConfig(learning_rate=1e-3))
+    """Optimizer and its peak learning rate."""
+    schedule: Schedule = field(default_factory=ConstantSchedule)
+    """Learning-rate schedule."""
+    ssm_learning_rate: float | None = None
+    """Peak rate of state-space parameters, where they train; null: as all others."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    precision: Literal["fp32", "bf16_autocast", "bf16"] = "fp32"
+    """fp32; bf16_autocast: fp32 parameters, matrix products in bf16; bf16: bf16 parameters with fp32 master weights (ZeRO 1-3)."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    deepspeed: DeepSpeedConfig | None = None
+    """Null trains in one process without DeepSpeed."""
+    seed: int = 0
+    """Seed of initialisation, data order, noise and dropout."""
+    loader_workers: int = 0
+    """Processes per rank that prepare batches ahead; 0 prepares them in the training process."""
+    log_every_steps: int = 10
+    """Steps between progress lines; metrics.jsonl has every step."""
+    eval_every_steps: int | None = None
+    """Steps between evaluations on held-out data; null: only at the end."""
+    save_every_steps: int | None = None
+    """Steps between checkpoints; null: only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        """Checks the fields against each other."""
+        for name in ("steps", "global_batch_rows", "micro_batch_rows", "log_every_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+        for name in ("eval_every_steps", "save_every_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1, or null for only at the end")
+        if self.clip_norm < 0:
+            raise ValueError(f"clip_norm: {self.clip_norm} must not be negative; 0 switches clipping off")
+        if self.loader_workers < 0:
+            raise ValueError(f"loader_workers: {self.loader_workers} must not be negative")
+        if self.precision == "bf16" and (self.deepspeed is None or self.deepspeed.zero_stage == 0):
+            raise ValueError("precision: bf16 keeps fp32 master weights in DeepSpeed's ZeRO 1-3; set deepspeed or use bf16_autocast")
+        if self.deepspeed is not None:
+            check_zero_stage(self.optimizer, self.deepspeed.zero_stage)

@@ -1,0 +1,212 @@
+"""DeepSpeed: ZeRO 0-3 over all ranks. The only file that imports it.
+
+Facts that shape the code (DeepSpeed 0.19): it averages gradients over ranks, so the engine's loss carries a factor world size; at stage 0 it
+does not report the gradient norm, so clipping is done here; on a CPU its shared-memory collectives would compile C++ at start, so they are
+switched off; its own checkpoints are not used (`spade_t5/checkpoint`), so this file also says where every fragment lies.
+"""
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spade_t5.errors import ConfigError
+from spade_t5.training import distributed
+from spade_t5.training.backend import (
+    build_optimizer,
+    clip_gradients,
+    copy_weights,
+    frozen_tensors,
+    peak_rates,
+    set_rates,
+    share_fragments,
+    unique_state,
+    whole_fragments,
+)
+from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
+from spade_t5.training.data import rank_rows
+from spade_t5.training.optimizers import Fragment
+
+
+def deepspeed_json(config: TrainingConfig, deepspeed: DeepSpeedConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration, derived from ours."""
+    micro_batches = len(
+        rank_rows(0, config.global_batch_rows, rank=0, world_size=world_size, micro_batch_rows=config.micro_batch_rows)
+    )
+    zero: dict[str, Any] = {
+        "stage": deepspeed.zero_stage,
+        "reduce_bucket_size": deepspeed.bucket_numel,
+        "allgather_bucket_size": deepspeed.bucket_numel,
+        "stage3_param_persistence_threshold": deepspeed.persistence_threshold_numel,
+    }
+    if deepspeed.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_rows,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": config.micro_batch_rows * micro_batches * world_size,
+        "gradient_clipping": config.clip_norm if deepspeed.zero_stage > 0 else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if config.precision == "bf16_autocast":
+        result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif config.precision == "bf16":
+        result["bf16"] = {"enabled": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def start_processes() -> None:
+    """Joins the process group that the launcher started; one process alone makes a group of one.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or the group is not of the launched size.
+    """
+    try:
+        import deepspeed
+    except ImportError:
+        raise ConfigError(
+            "training.deepspeed: DeepSpeed is not installed; install spade-t5[train], or set training.deepspeed=null to train in one process"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        name = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if distributed.launched_world_size() > 1:
+            dist.init_process_group(name)
+        else:
+            dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.device())
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    distributed.check_world_size()
+
+
+class DeepSpeedBackend:
+    """A model under `deepspeed.initialize`."""
+
+    def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
+        """Wraps `module`, which must hold the same weights on every rank.
+
+        Raises:
+            RuntimeError: ranks hold different weights, or DeepSpeed did not take the model.
+        """
+        import deepspeed
+
+        assert config.deepspeed is not None
+        start_processes()
+        self.module = module
+        self._stage = config.deepspeed.zero_stage
+        self._clip_norm = config.clip_norm
+        self._check_equal_weights()
+        self._trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._frozen = frozen_tensors(module)
+        client_optimizer = build_optimizer(module, config)
+        self._peak_rates = peak_rates(client_optimizer)
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=client_optimizer,
+            config=deepspeed_json(config, config.deepspeed, distributed.world_size()),
+            dist_init_required=False,
+        )
+        if not isinstance(engine, deepspeed.DeepSpeedEngine):
+            raise RuntimeError(f"deepspeed.initialize returned a {type(engine).__name__}, not a DeepSpeedEngine")
+        self.model: nn.Module = engine
+        self._engine: Any = engine
+        self._wrapped = wrapped
+        self.optimizer: torch.optim.Optimizer = client_optimizer if self._stage == 0 else wrapped.optimizer
+        self._restore_frozen()
+        if self._stage > 0:
+            share_fragments(self.optimizer, self.fragments(), module)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold different pieces of the optimizer state."""
+        return self._stage > 0
+
+    def forward_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing: DeepSpeed's own forward sets the precision."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch's share of the loss; DeepSpeed averages over ranks."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, learning_rate_factor: float) -> float:
+        """Clips, updates and clears the gradients; returns their norm before clipping."""
+        norm = clip_gradients([p for _, p in self._trained], self._clip_norm) if self._stage == 0 else None
+        set_rates(self.optimizer, self._peak_rates, learning_rate_factor)
+        self._engine.step()
+        return norm if norm is not None else float(self._engine.get_global_grad_norm())
+
+    def fragments(self) -> list[Fragment]:
+        """The pieces of trained parameters in this rank's optimizer."""
+        if self._stage == 0:
+            return whole_fragments(self._trained)
+        if self._stage == 3:
+            return self._fragments_of_stage_3()
+        result = []
+        for name, p in self._trained:
+            mapping = p._hp_mapping
+            if mapping is not None:
+                hp, lp = mapping.hp_fragment_address, mapping.lp_fragment_address
+                flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
+                result.append(
+                    Fragment(name=name, offset=lp.start, numel=hp.numel, param_numel=p.numel(), flat=flat, start=hp.start)
+                )
+        return result
+
+    def _fragments_of_stage_3(self) -> list[Fragment]:
+        result = []
+        for name, p in self._trained:
+            group, start, _ = self._wrapped.grad_position[self._wrapped.get_param_id(p)]
+            partition_numel = p.ds_tensor.ds_numel
+            offset = distributed.rank() * partition_numel
+            numel = min(partition_numel, p.ds_numel - offset)
+            if numel > 0:
+                flat = self._wrapped.fp32_partitioned_groups_flat[group]
+                result.append(
+                    Fragment(name=name, offset=offset, numel=numel, param_numel=p.ds_numel, flat=flat, start=start)
+                )
+        return result
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """Parameters that do not train, as they were before ZeRO took them."""
+        return self._frozen if distributed.is_main() else {}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Puts whole weights into the module: in place, or under ZeRO 3 into every rank's partition by a broadcast from the main rank."""
+        self._frozen = {name: weights[name].clone() for name in self._frozen}
+        if self._stage < 3:
+            copy_weights(self.module, weights)
+            return
+        import deepspeed
+
+        for name, tensor in unique_state(self.module):
+            with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0), torch.no_grad():
+                if distributed.is_main():
+                    tensor.copy_(weights[name])
+
+    def _restore_frozen(self) -> None:
+        """Frozen parameters stay fp32: a model cast to bf16 would run the state-space model on rounded transitions."""
+        if self._stage == 3:
+            return
+        for name, p in self.module.named_parameters():
+            if not p.requires_grad and p.dtype != self._frozen[name].dtype:
+                p.data = self._frozen[name].to(p.device)
+
+    def _check_equal_weights(self) -> None:
+        """Compares a checksum of the initial weights over the ranks."""
+        total = sum(float(tensor.detach().double().sum()) for _, tensor in unique_state(self.module))
+        totals = distributed.gather_objects(total)
+        if any(other != totals[0] for other in totals):
+            raise RuntimeError(f"ranks start from different weights (sums {totals}); build the model with the same seed on each")

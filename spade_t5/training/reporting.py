@@ -1,0 +1,134 @@
+"""What a run tells while it goes: progress, metrics.jsonl, TensorBoard, log.txt, and the loss curve at its end.
+
+Only the main rank reports. TensorBoard and matplotlib are used where they are installed; metrics.jsonl always is.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger("spade_t5")
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Reporter:
+    """Writes the metrics of one run and shows its progress."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, log_every_steps: int) -> None:
+        """Opens the files in `run_dir`; steps before `first_step` were done by an earlier attempt."""
+        self._run_dir = run_dir
+        self._num_steps = num_steps
+        self._log_every_steps = log_every_steps
+        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard_writer(run_dir / "tensorboard")
+        self._log_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+        self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(self._log_file)
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=num_steps, completed=first_step - 1)
+        self._first_step = first_step
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Shows the progress bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes the files."""
+        self._progress.stop()
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        logger.removeHandler(self._log_file)
+        self._log_file.close()
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; numbers also go to TensorBoard under `<split>/<name>`."""
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._tensorboard.add_scalar(f"{metrics['split']}/{name}", value, metrics["step"])
+
+    def train_step(self, metrics: dict[str, Any]) -> None:
+        """Records a training step, and every so often says so."""
+        self.record(metrics)
+        step = metrics["step"]
+        text = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, description=text)
+        if step % self._log_every_steps == 0 or step == self._num_steps:
+            seconds = (time.monotonic() - self._started) / (step - self._first_step + 1) * (self._num_steps - step)
+            logger.info("step %d/%d: %s, lr %.3g, ETA %s", step, self._num_steps, text, metrics["lr"], _duration(seconds))
+
+    def evaluation(self, metrics: dict[str, Any]) -> None:
+        """Records an evaluation."""
+        self.record(metrics)
+        logger.info("step %d: held-out loss %.4f over %d targets", metrics["step"], metrics["loss"], metrics["targets"])
+
+    def loss_curve(self) -> None:
+        """Draws `plots/loss.png` from metrics.jsonl."""
+        draw_loss_curve(self._run_dir)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, in order; where a step was redone after a resume, its last attempt."""
+    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    with (run_dir / METRICS_FILE).open(encoding="utf-8") as stream:
+        for line in stream:
+            metrics = json.loads(line)
+            lines[metrics["split"], metrics["step"]] = metrics
+    return sorted(lines.values(), key=lambda metrics: metrics["step"])
+
+
+def draw_loss_curve(run_dir: Path) -> Path | None:
+    """Draws training and held-out loss over the steps; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("matplotlib is not installed: no loss curve is drawn")
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per target)")
+    metrics = read_metrics(run_dir)
+    for split, style in (("train", "-"), ("validation", "o-")):
+        points = [(m["step"], m["loss"]) for m in metrics if m["split"] == split]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=split, linewidth=1, markersize=3)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    path = run_dir / "plots" / "loss.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard is not installed: metrics go to %s only", METRICS_FILE)
+        return None
+    return SummaryWriter(str(folder))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
