@@ -1,0 +1,1 @@
+"""The command line and multi-process start-up: the only reader of arguments and of the environment."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from spade_t5.checkpoint.manifest import (
     MANIFEST,
@@ -33,7 +33,7 @@ from spade_t5.checkpoint.manifest import (
 )
 from spade_t5.errors import DataError
 from spade_t5.training import distributed
-from spade_t5.training.backend import Backend
+from spade_t5.training.backend import Backend, unique_state
 from spade_t5.training.optimizers import Fragment
 
 FORMAT_VERSION = 1
@@ -54,9 +54,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).exists())
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest can be read, or None."""
+def latest_checkpoint(folder: Path, step: int | None = None) -> Path | None:
+    """The newest checkpoint whose manifest can be read, or that of `step`; None if there is none."""
     for path in reversed(list_checkpoints(folder)):
+        if step is not None and path != checkpoint_path(folder, step):
+            continue
         try:
             read_manifest(path)
         except DataError:
@@ -146,6 +148,28 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             whole[offset : offset + numel] = reader.read(file, f"{WEIGHT}/{name}", 0, numel)
         weights[name] = whole.view(state["shapes"][name])
     return weights
+
+
+@torch.no_grad()
+def load_weights_into(module: nn.Module, path: Path) -> None:
+    """Verifies a checkpoint and copies its weights into a bare module, by name.
+
+    A module with a subset of the parameters takes those; parameters that the checkpoint lacks (a fresh head) keep their values.
+
+    Raises:
+        DataError: the checkpoint is damaged, has none of the module's parameters, or one of another shape.
+    """
+    verify_checkpoint(path)
+    weights = read_weights(path)
+    taken = 0
+    for name, tensor in unique_state(module):
+        if name in weights:
+            if weights[name].shape != tensor.shape:
+                raise DataError(f"{path}: {name} has shape {tuple(weights[name].shape)}, the model needs {tuple(tensor.shape)}")
+            tensor.copy_(weights[name])
+            taken += 1
+    if not taken:
+        raise DataError(f"{path}: has none of the model's parameters; it was made by another kind of model")
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:

@@ -101,7 +101,6 @@ class DeepSpeedBackend:
         import deepspeed
 
         assert config.deepspeed is not None
-        start_processes()
         self.module = module
         self._stage = config.deepspeed.zero_stage
         self._clip_norm = config.clip_norm

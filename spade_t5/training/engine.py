@@ -22,7 +22,7 @@ from spade_t5.training import distributed
 from spade_t5.training.backend import Backend, SingleProcess
 from spade_t5.training.config import TrainingConfig
 from spade_t5.training.data import Batch, RowSource, evaluation_batches, training_batches
-from spade_t5.training.deepspeed import DeepSpeedBackend
+from spade_t5.training.deepspeed import DeepSpeedBackend, start_processes
 from spade_t5.training.objectives import Objective
 from spade_t5.training.reporting import Reporter
 
@@ -53,10 +53,8 @@ class Trainer:
             config: the run's settings.
             run_dir: an existing folder, the same for all ranks.
             facts: JSON values that every checkpoint carries, such as the resolved config.
-
-        Raises:
-            ConfigError: several processes were launched without DeepSpeed.
         """
+        start(config)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         self.backend = make_backend(model, config)
@@ -216,18 +214,25 @@ class Trainer:
         self._stop_signal = number
 
 
-def make_backend(model: nn.Module, config: TrainingConfig) -> Backend:
-    """DeepSpeed where the config has it, else plain PyTorch in one process.
+def start(config: TrainingConfig) -> None:
+    """Joins the other ranks, if there are any; to be called before anything waits for them.
 
     Raises:
-        ConfigError: several processes were launched without DeepSpeed.
+        ConfigError: several processes were launched without DeepSpeed, or DeepSpeed is not installed.
     """
+    distributed.die_with_parent()
     if config.deepspeed is not None:
-        return DeepSpeedBackend(model, config)
-    if distributed.launched_world_size() > 1:
+        start_processes()
+    elif distributed.launched_world_size() > 1:
         raise ConfigError(
             f"training.deepspeed: null, but {distributed.launched_world_size()} processes were launched; set training.deepspeed.zero_stage=1"
         )
+
+
+def make_backend(model: nn.Module, config: TrainingConfig) -> Backend:
+    """DeepSpeed where the config has it, else plain PyTorch in one process."""
+    if config.deepspeed is not None:
+        return DeepSpeedBackend(model, config)
     return SingleProcess(model, config)
 
 

@@ -1,0 +1,51 @@
+"""The `spade-t5` command. Exit codes: 0 done; 1 a fault; 2 bad usage, config or data; 75 stopped on request, resume to go on."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from spade_t5.errors import StopRequestedError, UserError
+
+COMMANDS = {
+    "tokenizer": "train a SentencePiece tokenizer with sentinels, or take over an existing one",
+    "prepare": "turn a corpus into a token store",
+    "pretrain": "pretrain a model on a token store",
+    "finetune": "fine-tune a model on a task",
+    "evaluate": "score a model on a task",
+    "export": "write a run's model as a Hugging Face folder",
+    "generate": "generate text from lines of text",
+    "verify": "check a checkpoint, store or export against its manifest",
+    "demo": "the whole story on the documentation of this Python installation",
+}
+"""Name to summary; each is a module of `spade_t5.launch.commands` with `add_arguments` and `run`."""
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; a fault of the program leaves as an exception (exit code 1)."""
+    parser = argparse.ArgumentParser(prog="spade-t5", description="Pretrain, fine-tune, evaluate and export SPADE-T5.")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="; ".join(f"{k}: {v}" for k, v in COMMANDS.items()))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command; COMMAND --help shows them")
+    words = parser.parse_args(argv)
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("spade_t5").setLevel(logging.INFO if is_main else logging.WARNING)
+    module = importlib.import_module(f"spade_t5.launch.commands.{words.command}")
+    command_parser = argparse.ArgumentParser(prog=f"spade-t5 {words.command}", description=module.__doc__)
+    module.add_arguments(command_parser)
+    try:
+        module.run(command_parser.parse_intermixed_args(words.arguments))
+    except UserError as error:
+        if is_main:
+            print(f"spade-t5 {words.command}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except StopRequestedError as stop:
+        if is_main:
+            print(f"spade-t5 {words.command}: {stop}", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0

@@ -1,0 +1,1 @@
+"""The commands of `spade-t5`, one module each: `add_arguments(parser)` and `run(arguments)`."""

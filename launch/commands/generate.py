@@ -1,0 +1,44 @@
+"""Generate text: one line in, one line out."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from spade_t5.errors import DataError
+from spade_t5.hf.generation import generate_text
+from spade_t5.hf.loading import load_model, load_tokenizer_of
+from spade_t5.modeling import SpadeT5ForConditionalGeneration
+from spade_t5.training import distributed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("model", help="exported folder, run folder, checkpoint, or name on the hub")
+    parser.add_argument("--input", type=Path, help="file with one input a line (default: standard input)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest output, in tokens (default: %(default)s)")
+    parser.add_argument("--num-beams", type=int, default=1, help="beams; 1 is greedy (default: %(default)s)")
+    parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="inputs at once (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    if arguments.input is None:
+        lines = sys.stdin.read().splitlines()
+    else:
+        try:
+            lines = arguments.input.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise DataError(f"--input: {arguments.input}: {error.strerror}; give an existing text file") from None
+        except UnicodeDecodeError:
+            raise DataError(f"--input: {arguments.input} is not UTF-8 text; convert it first") from None
+    model = load_model(arguments.model, SpadeT5ForConditionalGeneration).to(distributed.device())
+    options = {"num_beams": arguments.num_beams, "do_sample": arguments.sample}
+    if arguments.sample:
+        options["temperature"] = arguments.temperature
+    tokenizer = load_tokenizer_of(arguments.model)
+    for text in generate_text(
+        model, tokenizer, lines, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, **options
+    ):
+        print(text.replace("\n", " "))
