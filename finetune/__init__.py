@@ -1,0 +1,1 @@
+"""Fine-tuning and evaluation: task adapters, metrics, and the runs that use them."""

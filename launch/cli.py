@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from spade_t5.errors import StopRequestedError, UserError
+from spade_t5.training import distributed
 
 COMMANDS = {
     "tokenizer": "train a SentencePiece tokenizer with sentinels, or take over an existing one",
@@ -35,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("spade_t5").setLevel(logging.INFO if is_main else logging.WARNING)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and warn of its guess
     module = importlib.import_module(f"spade_t5.launch.commands.{words.command}")
     command_parser = argparse.ArgumentParser(prog=f"spade-t5 {words.command}", description=module.__doc__)
     module.add_arguments(command_parser)
@@ -48,4 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main:
             print(f"spade-t5 {words.command}: {stop}", file=sys.stderr)
         return EXIT_STOPPED
+    finally:
+        distributed.shutdown()
     return 0

@@ -1,16 +1,19 @@
-"""Finds the config file that a command names: a path, or a recipe that ships with the package."""
+"""From the words of a command line to a config: YAML files, shipped recipes, and `key=value` settings over them."""
 
+import argparse
+import dataclasses
+import difflib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spade_t5.config import ConfigDict, apply_overrides, from_mapping, read_yaml
+from spade_t5.config import ConfigDict, apply_overrides, from_mapping, merge, read_yaml
 from spade_t5.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def load_config(cls: type[T], name: str, words: list[str], *, kind: str) -> T:
+def load_recipe(cls: type[T], name: str, words: list[str], *, kind: str) -> T:
     """The config in file `name`, with `key=value` words put over it.
 
     Args:
@@ -23,6 +26,39 @@ def load_config(cls: type[T], name: str, words: list[str], *, kind: str) -> T:
         ConfigError: the file is missing, or its content is wrong.
     """
     return from_mapping(cls, apply_overrides(_read(name, kind), words))
+
+
+def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
+    """The argument of a command whose whole input is one config: an optional YAML file, then `key=value` words."""
+    names = ", ".join(field.name for field in dataclasses.fields(cls))
+    parser.add_argument(
+        "settings", nargs="*", metavar="CONFIG.yaml | key=value", help=f"a YAML file, and settings put over it: {names}"
+    )
+
+
+def load_settings(cls: type[T], words: list[str], **flags: bool) -> T:
+    """The config that the words of `add_settings` describe; flags that were given on the command line are put over it.
+
+    Raises:
+        ConfigError: a file is missing, or a value is wrong.
+    """
+    mapping: ConfigDict = {}
+    for word in words:
+        mapping = apply_overrides(mapping, [word]) if "=" in word else merge(mapping, read_yaml(Path(word)))
+    return from_mapping(cls, {**mapping, **{name: True for name, is_given in flags.items() if is_given}})
+
+
+def check_sections(settings: ConfigDict, known: tuple[str, ...]) -> None:
+    """Refuses settings outside the sections that a command has.
+
+    Raises:
+        ConfigError: with the nearest known section.
+    """
+    for key in settings:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known sections: {', '.join(known)}"
+            raise ConfigError(f"{key}: unknown section; {hint}")
 
 
 def _read(name: str, kind: str) -> ConfigDict:

@@ -1,0 +1,1 @@
+"""Pretraining: corpora, tokenizers, token stores, span corruption."""

@@ -2,8 +2,9 @@
 
 import argparse
 
-from spade_t5.launch.config_files import load_config
+from spade_t5.launch.config_files import load_recipe
 from spade_t5.pretrain.run import PretrainConfig, pretrain
+from spade_t5.training import distributed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,5 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    config = load_config(PretrainConfig, arguments.config, arguments.overrides, kind="pretrain")
-    print(pretrain(config, resume=arguments.resume))
+    config = load_recipe(PretrainConfig, arguments.config, arguments.overrides, kind="pretrain")
+    run_dir = pretrain(config, resume=arguments.resume)
+    if distributed.is_main():
+        print(run_dir)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from spade_t5.checkpoint import verify_folder
+from spade_t5.pretrain.store import TokenStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,5 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    content = verify_folder(arguments.folder)
-    print(f"{arguments.folder}: {len(content['files'])} files match the manifest")
+    folder = arguments.folder
+    if (folder / "tokenizer").is_dir() and not (folder / "checkpoints").is_dir():
+        TokenStore.open(folder).verify()
+    else:
+        verify_folder(folder)
+    print(f"{folder}: every file matches the manifest")

@@ -1,0 +1,1 @@
+"""Data for both kinds of run: rows from files, packing, and the built-in corpus."""

@@ -1,0 +1,1 @@
+"""The layers of SPADE-T5 in plain PyTorch: they know tensors and `LayersConfig`, nothing of transformers."""

@@ -7,6 +7,7 @@ switched off; its own checkpoints are not used (`spade_t5/checkpoint`), so this 
 
 import contextlib
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from spade_t5.training import distributed
 from spade_t5.training.backend import (
     build_optimizer,
     clip_gradients,
-    copy_weights,
     frozen_tensors,
     peak_rates,
     set_rates,
@@ -75,6 +75,8 @@ def start_processes() -> None:
             "training.deepspeed: DeepSpeed is not installed; install spade-t5[train], or set training.deepspeed=null to train in one process"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives under names that torch 2.13 is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
@@ -96,6 +98,7 @@ class DeepSpeedBackend:
         """Wraps `module`, which must hold the same weights on every rank.
 
         Raises:
+            ConfigError: state-space parameters would train in bf16.
             RuntimeError: ranks hold different weights, or DeepSpeed did not take the model.
         """
         import deepspeed
@@ -107,6 +110,10 @@ class DeepSpeedBackend:
         self._check_equal_weights()
         self._trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self._frozen = frozen_tensors(module)
+        if config.precision == "bf16" and any(getattr(p, "_is_ssm", False) for _, p in self._trained):
+            raise ConfigError(
+                "training.precision: bf16 would round the state-space parameters that train; use bf16_autocast, or model.ssm_training=frozen"
+            )
         client_optimizer = build_optimizer(module, config)
         self._peak_rates = peak_rates(client_optimizer)
         engine, wrapped, _, _ = deepspeed.initialize(
@@ -183,25 +190,28 @@ class DeepSpeedBackend:
         return self._frozen if distributed.is_main() else {}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Puts whole weights into the module: in place, or under ZeRO 3 into every rank's partition by a broadcast from the main rank."""
+        """Puts whole weights into the module; under ZeRO 3 into every rank's partition, by a broadcast from the main rank."""
         self._frozen = {name: weights[name].clone() for name in self._frozen}
-        if self._stage < 3:
-            copy_weights(self.module, weights)
-            return
-        import deepspeed
-
         for name, tensor in unique_state(self.module):
-            with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0), torch.no_grad():
-                if distributed.is_main():
-                    tensor.copy_(weights[name])
+            with self._whole(tensor), torch.no_grad():
+                tensor.copy_(weights[name])
 
     def _restore_frozen(self) -> None:
-        """Frozen parameters stay fp32: a model cast to bf16 would run the state-space model on rounded transitions."""
-        if self._stage == 3:
-            return
+        """Gives frozen parameters their fp32 values back: `bf16` casts them all, and a rounded transition is another state-space model."""
         for name, p in self.module.named_parameters():
-            if not p.requires_grad and p.dtype != self._frozen[name].dtype:
-                p.data = self._frozen[name].to(p.device)
+            if p.requires_grad:
+                continue
+            with self._whole(p), torch.no_grad():
+                if not torch.equal(p, self._frozen[name].to(p.device)):
+                    p.data = self._frozen[name].to(p.device)
+
+    def _whole(self, parameter: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Context in which a parameter is whole and writable; under ZeRO 3 what the main rank writes is kept."""
+        if not hasattr(parameter, "ds_id"):
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
     def _check_equal_weights(self) -> None:
         """Compares a checksum of the initial weights over the ranks."""

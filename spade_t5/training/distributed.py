@@ -85,3 +85,9 @@ def check_world_size() -> None:
             f"world size: {launched_world_size()} processes were launched but the process group has {world_size()}; "
             "set training.deepspeed, which several processes need"
         )
+
+
+def shutdown() -> None:
+    """Leaves the process group; without it gloo's threads may abort the process at its end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,55 @@
+"""What every benchmark records beside its numbers, and the form in which it is kept: one JSON file a run."""
+
+import datetime
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def circumstances() -> dict[str, Any]:
+    """Machine, versions, threads and date of this run."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": _processor_name(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    """Median and spread of repeated times, and the times themselves in their order."""
+    return {
+        "median_seconds": statistics.median(seconds),
+        "min_seconds": min(seconds),
+        "max_seconds": max(seconds),
+        "seconds": seconds,
+    }
+
+
+def write(name: str, results: dict[str, Any], out_dir: Path) -> Path:
+    """Write `results` with the circumstances as OUT_DIR/name.json.
+
+    Returns:
+        the path of the file.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / f"{name}.json"
+    path.write_text(json.dumps({"benchmark": name, "circumstances": circumstances(), **results}, indent=1) + "\n")
+    return path
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

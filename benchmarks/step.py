@@ -1,0 +1,106 @@
+"""Training step of SPADE-T5 against Hugging Face's T5 and LongT5 of the same size: forward and backward, one row, float32.
+
+    python -m benchmarks.step [--out docs/results] [--rounds 7] [--quick]
+
+The models take turns within a round, so that what disturbs the machine disturbs them alike; medians over rounds are
+compared. Dropout is 0, as in T5 1.1's pretraining. Tokens are random: no part of a step depends on their values. Set
+OMP_NUM_THREADS to choose the threads.
+"""
+
+import argparse
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LongT5Config, LongT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from benchmarks import report
+from spade_t5 import SpadeT5Config, SpadeT5ForConditionalGeneration
+
+# Inputs and the targets that go with them in span corruption at density 0.15 and mean span length 3.
+SHAPES = {512: 114, 4096: 910}
+GOALS = {("hf-t5", 4096): 2.5, ("hf-longt5", 4096): 1.3, ("hf-t5", 512): 0.9}
+
+
+def build_models(preset: str) -> dict[str, torch.nn.Module]:
+    """SPADE-T5 of a preset, and its two peers with the same widths, depths and vocabulary."""
+    config = SpadeT5Config.from_preset(preset, dropout_rate=0.0)
+    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
+    sizes = {name: getattr(config, name) for name in names} | {
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+    }
+    t5 = T5Config(**sizes, attn_implementation="sdpa")
+    longt5 = LongT5Config(**sizes, encoder_attention_type="local", local_radius=config.local_radius)
+    models = {
+        "spade-t5": SpadeT5ForConditionalGeneration(config),
+        "hf-t5": T5ForConditionalGeneration(t5),
+        "hf-longt5": LongT5ForConditionalGeneration(longt5),
+    }
+    return {name: model.train() for name, model in models.items()}
+
+
+def timed_step(model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Seconds of one forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    start = time.perf_counter()
+    model(input_ids=input_ids, labels=labels, use_cache=False).loss.backward()
+    return time.perf_counter() - start
+
+
+def compare(models: dict[str, torch.nn.Module], input_tokens: int, target_tokens: int, rounds: int) -> dict[str, Any]:
+    """Interleaved rounds at one shape: times of each model and how many times faster SPADE-T5 is."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(3, 32000, (1, input_tokens), generator=generator)
+    labels = torch.randint(3, 32000, (1, target_tokens), generator=generator)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for round_number in range(rounds + 1):
+        for name, model in models.items():
+            elapsed = timed_step(model, input_ids, labels)
+            if round_number > 0:
+                seconds[name].append(elapsed)
+    times = {name: report.summary(values) for name, values in seconds.items()}
+    for name in times:
+        times[name]["input_tokens_per_second"] = input_tokens / times[name]["median_seconds"]
+    own = times["spade-t5"]["median_seconds"]
+    speedups = {name: times[name]["median_seconds"] / own for name in models if name != "spade-t5"}
+    return {"input_tokens": input_tokens, "target_tokens": target_tokens, "models": times, "speedup_over": speedups}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark, print a table, write step.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of step.json")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each model at each shape")
+    parser.add_argument("--preset", default="small", help="SPADE-T5 preset; the peers take its sizes")
+    parser.add_argument("--quick", action="store_true", help="512 tokens only, 2 rounds: to see that it runs")
+    options = parser.parse_args(arguments)
+
+    models = build_models(options.preset)
+    shapes = {512: SHAPES[512]} if options.quick else SHAPES
+    rounds = 2 if options.quick else options.rounds
+    comparisons = [compare(models, *shape, rounds) for shape in shapes.items()]
+    for comparison in comparisons:
+        for name, times in comparison["models"].items():
+            speedup = comparison["speedup_over"].get(name)
+            goal = GOALS.get((name, comparison["input_tokens"]))
+            verdict = "" if speedup is None else f"   SPADE-T5 is {speedup:.2f}x as fast"
+            verdict += "" if goal is None else f" (goal {goal}x)"
+            print(f"{comparison['input_tokens']:6} tokens  {name:10} {times['median_seconds']:8.3f} s{verdict}")
+    results = {
+        "preset": options.preset,
+        "dtype": "float32",
+        "batch_rows": 1,
+        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
+        "comparisons": comparisons,
+    }
+    print(report.write("step", results, options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""One fine-tuning run: rows of a task and a model, handed to the engine; then predictions, scores and an export.
+
+The run folder is that of pretraining plus `predictions/<task>-<split>.jsonl`, `scores.json` and `model/`, the exported folder.
+"""
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+
+from spade_t5.config import to_mapping
+from spade_t5.finetune.config import FinetuneConfig
+from spade_t5.finetune.evaluate import evaluate_model
+from spade_t5.finetune.model import initial_model, initial_tokenizer
+from spade_t5.finetune.predict import label_word_ids
+from spade_t5.finetune.rows import EncodedExamples, ExampleRows, RowsConfig, encode_examples, pack_examples
+from spade_t5.finetune.task import Task
+from spade_t5.hf.export import export_run
+from spade_t5.hf.tokenizer import tokenizer_hash
+from spade_t5.training import ClassificationObjective, Objective, Seq2SeqObjective, TrainingConfig, distributed
+from spade_t5.training.engine import Trainer, start
+from spade_t5.training.run_folder import find_resume_point, open_run_folder, provenance
+
+
+def finetune(config: FinetuneConfig, *, resume: str = "auto") -> Path:
+    """Fine-tunes, or goes on fine-tuning, then evaluates and exports; returns the run folder.
+
+    Args:
+        config: the run.
+        resume: "auto", "none", or the path of a checkpoint or run folder.
+
+    Raises:
+        ConfigError: the settings contradict each other, the data, or the checkpoint to resume from.
+        DataError: rows or a checkpoint are damaged, or a label is outside the task.
+        StopRequestedError: a signal asked to stop; a checkpoint was saved.
+    """
+    resume_from = find_resume_point(config.run_dir, resume)
+    task = config.task.build()
+    tokenizer = initial_tokenizer(config)
+    model = initial_model(config, task, tokenizer)
+    head_outputs = task.num_outputs if config.mode == "encoder-head" else None
+    if head_outputs is None:
+        label_word_ids(task, tokenizer)  # a tokenizer that cannot tell the answers apart is refused before training
+    train, held_out = (
+        encode_examples(task, task.examples(split, limit), tokenizer, config.rows)
+        for split, limit in (
+            ("train", config.max_train_examples),
+            (config.evaluation.split, config.evaluation.max_examples),
+        )
+    )
+    seed = config.training.seed
+    train_rows, eval_rows = (
+        ExampleRows(
+            examples,
+            make_rows(examples, config.rows, task, seed),
+            pad_token_id=tokenizer.pad_token_id,
+            num_outputs=head_outputs,
+            shuffle_seed=shuffle_seed,
+        )
+        for examples, shuffle_seed in ((train, seed), (held_out, None))
+    )
+    training = bounded_by_epochs(config.training, config.epochs, len(train_rows.rows))
+    start(training)
+    resolved = {**to_mapping(config), "tokenizer_hash": tokenizer_hash(tokenizer)}
+    open_run_folder(config.run_dir, resolved, resume_from)
+    if distributed.is_main():
+        tokenizer.save_pretrained(config.run_dir / "tokenizer")
+    objective: Objective = (
+        Seq2SeqObjective(
+            decoder_start_token_id=model.config.decoder_start_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        if head_outputs is None
+        else ClassificationObjective(head_outputs)
+    )
+    trainer = Trainer(
+        model=model,
+        objective=objective,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        config=training,
+        run_dir=config.run_dir,
+        facts={
+            "config": resolved,
+            "model_class": type(model).__name__,
+            "model_config": model.config.to_dict(),
+            "initialised_from": config.model.get("init_from"),
+            "provenance": provenance(),
+        },
+    )
+    if resume_from is not None:
+        trainer.resume(resume_from)
+    trainer.fit()
+    evaluate_model(config.run_dir, task, config=config.evaluation, rows=config.rows, out=config.run_dir)
+    if distributed.is_main():
+        shutil.rmtree(config.run_dir / "model", ignore_errors=True)  # of this run, before it went on
+        export_run(config.run_dir, config.run_dir / "model")
+    return config.run_dir
+
+
+def make_rows(examples: EncodedExamples, config: RowsConfig, task: Task, seed: int) -> list[list[int]]:
+    """Which examples share a row: each alone, or packed."""
+    if not config.packing:
+        return [[i] for i in range(len(examples))]
+    row_tokens = config.row_tokens or config.max_source_tokens or task.max_source_tokens
+    return pack_examples(examples, row_tokens=row_tokens, seed=seed)
+
+
+def bounded_by_epochs(training: TrainingConfig, epochs: float | None, rows_per_epoch: int) -> TrainingConfig:
+    """The engine's settings with no more steps than the epochs take."""
+    if epochs is None:
+        return training
+    steps = max(1, math.ceil(epochs * rows_per_epoch / training.global_batch_rows))
+    return dataclasses.replace(training, steps=min(training.steps, steps))

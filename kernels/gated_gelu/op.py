@@ -1,0 +1,34 @@
+"""The public `gated_gelu`: checks its arguments and hands them to a backend."""
+
+from torch import Tensor
+
+from spade_t5.kernels.backend import choose_backend
+from spade_t5.kernels.gated_gelu.naive import gated_gelu_naive
+from spade_t5.kernels.gated_gelu.torch_eager import gated_gelu_eager
+
+
+def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
+    """GELU of one half gates the other (Shazeer, arXiv 2002.05202; the tanh form is T5 1.1's "gelu_new").
+
+    h = gelu(a) * b,   gelu(a) = a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a^3)))
+
+    Backward:   da = dh * b * gelu'(a),   db = dh * gelu(a).
+
+    Args:
+        a: gate (...), of a floating dtype.
+        b: values, same shape, dtype and device.
+        backend: "auto", "torch" or "naive".
+
+    Returns:
+        tensor of the shape and dtype of `a`.
+
+    Raises:
+        ValueError: the arguments do not agree, or the backend is not available.
+    """
+    if not a.is_floating_point():
+        raise ValueError(f"a has dtype {a.dtype}; expected a floating dtype")
+    if a.shape != b.shape:
+        raise ValueError(f"b has shape {tuple(b.shape)}; it must equal that of a, {tuple(a.shape)}")
+    if a.dtype != b.dtype or a.device != b.device:
+        raise ValueError(f"b is {b.dtype} on {b.device}; it must be as a, {a.dtype} on {a.device}")
+    return (gated_gelu_naive if choose_backend(backend) == "naive" else gated_gelu_eager)(a, b)

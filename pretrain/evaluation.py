@@ -1,0 +1,96 @@
+"""How good a pretrained model is on held-out text, beside two controls that any useful model must beat.
+
+- the unigram cross-entropy: the same held-out targets under the token frequencies of training targets, what a model without any context
+  could reach;
+- the loss with the inputs of other rows: what the decoder reaches from the targets alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spade_t5.config import from_mapping
+from spade_t5.checkpoint import read_state
+from spade_t5.errors import ConfigError
+from spade_t5.hf.loading import find_checkpoint, load_model
+from spade_t5.modeling import SpadeT5ForConditionalGeneration
+from spade_t5.pretrain.objectives import SpanCorruption
+from spade_t5.pretrain.rows import SpanCorruptionRows
+from spade_t5.pretrain.store import TokenStore
+from spade_t5.training import Seq2SeqObjective, distributed
+from spade_t5.training.data import evaluation_batches
+from spade_t5.training.objectives import IGNORED_LABEL
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """Losses on the same held-out targets, in nats per target token."""
+
+    loss: float
+    """Of the model."""
+    shuffled_loss: float
+    """Of the model, each row's inputs replaced by those of another row."""
+    unigram_loss: float
+    """Of the token frequencies of training targets."""
+    num_targets: int
+    """Target tokens scored."""
+
+
+def evaluate_held_out(
+    run: Path, *, step: int | None = None, max_rows: int | None = None, batch_rows: int = 16, unigram_rows: int = 2000
+) -> HeldOutLoss:
+    """Scores a checkpoint of a pretraining run on the held-out split of its store.
+
+    Args:
+        run: run folder or checkpoint.
+        step: which checkpoint of a run folder; the newest by default.
+        max_rows: rows scored, evenly spread over the split; None: all.
+        batch_rows: rows at once, at least 2.
+        unigram_rows: training rows that the token frequencies are counted in.
+
+    Raises:
+        ConfigError: `run` is no pretraining run.
+        DataError: checkpoint or store are damaged.
+    """
+    checkpoint = find_checkpoint(run, step)
+    if checkpoint is None:
+        raise ConfigError(f"{run}: not a run folder (it has no checkpoints/)")
+    config = read_state(checkpoint)["config"]
+    if "objective" not in config:
+        raise ConfigError(f"{run}: not a pretraining run; score it with --task")
+    objective = from_mapping(SpanCorruption, config["objective"], "objective")
+    store = TokenStore.open(config["data"]["store"], tokenizer_hash=config["tokenizer_hash"])
+    seed = config["training"]["seed"]
+    held_out = SpanCorruptionRows(store, "validation", objective, seed=seed, evaluation=True, max_rows=max_rows)
+    train = SpanCorruptionRows(store, "train", objective, seed=seed)
+    model = load_model(checkpoint, SpadeT5ForConditionalGeneration).to(distributed.device()).eval()
+    target_counts = _target_counts(train, unigram_rows, model.config.vocab_size)
+    log_frequency_V = torch.log(target_counts / target_counts.sum())
+    scorer = Seq2SeqObjective(
+        decoder_start_token_id=model.config.decoder_start_token_id, pad_token_id=store.tokenizer.pad_token_id
+    )
+    loss = shuffled = unigram = 0.0
+    num_targets = 0
+    with torch.no_grad():
+        for batch in evaluation_batches(held_out, micro_batch_rows=batch_rows, rank=0, world_size=1):
+            labels = batch["labels"][batch["labels"] != IGNORED_LABEL]
+            unigram -= float(log_frequency_V[labels].sum())
+            num_targets += labels.numel()
+            batch = {name: tensor.to(distributed.device()) for name, tensor in batch.items()}
+            loss += float(scorer.summed_loss(model, batch))
+            others = {**batch, "input_ids": batch["input_ids"].roll(1, dims=0)}
+            if "segment_ids" in batch:
+                others["segment_ids"] = batch["segment_ids"].roll(1, dims=0)
+            shuffled += float(scorer.summed_loss(model, others))
+    return HeldOutLoss(loss / num_targets, shuffled / num_targets, unigram / num_targets, num_targets)
+
+
+def _target_counts(rows: SpanCorruptionRows, num_rows: int, vocab_size: int) -> torch.Tensor:
+    """How often each token is a target in the first training rows, plus one."""
+    counts = torch.ones(vocab_size, dtype=torch.float64)
+    num_rows = min(num_rows, rows.num_segments)
+    for first in range(0, num_rows, 64):
+        labels = rows.collate(range(first, min(first + 64, num_rows)))["labels"]
+        counts += torch.bincount(labels.flatten(), minlength=vocab_size)
+    return counts

@@ -1,0 +1,110 @@
+"""Export: from a run's checkpoint to a folder that Hugging Face users load as any other model.
+
+The folder holds safetensors (in shards where large), config, generation config, tokenizer and a model card, and a manifest with the hash of
+every file. It appears only when it is complete.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from spade_t5.checkpoint import publish, read_state, write_manifest
+from spade_t5.checkpoint.manifest import file_entry
+from spade_t5.classification import SpadeT5ForSequenceClassification
+from spade_t5.errors import ConfigError
+from spade_t5.hf.loading import find_checkpoint, load_model, load_tokenizer_of
+from spade_t5.modeling import SpadeT5ForConditionalGeneration, SpadeT5PreTrainedModel
+from spade_t5.training.reporting import METRICS_FILE, read_metrics
+
+MODEL_CLASSES: dict[str, type[SpadeT5PreTrainedModel]] = {
+    cls.__name__: cls for cls in (SpadeT5ForConditionalGeneration, SpadeT5ForSequenceClassification)
+}
+SCORES_FILE = "scores.json"
+
+
+def export_run(run: Path, out: Path, *, step: int | None = None, max_shard_size: str = "5GB") -> Path:
+    """Writes the model of a run, or of one of its checkpoints, to a new folder.
+
+    Args:
+        run: run folder, or a checkpoint in one.
+        out: folder to make; it must not exist.
+        step: which checkpoint of a run folder; the newest by default.
+        max_shard_size: largest weights file, as Hugging Face writes sizes.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: `out` exists, or `run` is no run.
+        DataError: the checkpoint is damaged.
+    """
+    if out.exists():
+        raise ConfigError(f"--out: {out} already exists; choose another folder or remove it")
+    checkpoint = find_checkpoint(run, step)
+    if checkpoint is None:
+        raise ConfigError(f"{run}: not a run folder (it has no checkpoints/)")
+    state = read_state(checkpoint)
+    model = load_model(checkpoint, MODEL_CLASSES[state["model_class"]])
+    temporary = out.parent / f".{out.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary, max_shard_size=max_shard_size)
+    load_tokenizer_of(checkpoint).save_pretrained(temporary)
+    run_dir = checkpoint.parent.parent
+    (temporary / "README.md").write_text(model_card(state, run_dir, model.num_parameters()), encoding="utf-8")
+    write_manifest(temporary, {path.name: file_entry(path) for path in temporary.iterdir()}, kind="export")
+    publish(temporary, out)
+    return out
+
+
+def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str:
+    """The README of an exported folder: what it was trained on, for how long, and how well it did.
+
+    Args:
+        state: content of the checkpoint's `state.json`.
+        run_dir: folder of the run, for its metrics and scores.
+        num_parameters: size of the model.
+    """
+    config = state["config"]
+    data = config.get("data") or {"task": config.get("task")}
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [spade-t5, text2text-generation]",
+        "---",
+        "",
+        f"# SPADE-T5, {num_parameters / 1e6:.1f} M parameters",
+        "",
+        "A T5-style encoder-decoder whose bottom encoder layer joins a state-space model (S4) to local attention.",
+        "",
+        "```python",
+        "import spade_t5  # registers the model with the auto classes",
+        f"from transformers import {_auto_class(state['model_class'])}, AutoTokenizer",
+        "",
+        f"model = {_auto_class(state['model_class'])}.from_pretrained(FOLDER)",
+        "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+        "```",
+        "",
+        "## Training",
+        "",
+        f"- steps: {state['step']:,}; input tokens seen: {state['tokens']:,}",
+        f"- data: `{json.dumps(data)}`",
+        f"- objective: `{json.dumps(config.get('objective') or config.get('mode'))}`",
+        f"- optimizer: `{json.dumps(config['training']['optimizer'])}`, precision {config['training']['precision']}",
+        f"- software: `{json.dumps(state['provenance'])}`",
+    ]
+    if state.get("initialised_from"):
+        lines.append(f"- initialised from: {state['initialised_from']}")
+    if (run_dir / METRICS_FILE).is_file():
+        held_out = [m for m in read_metrics(run_dir) if m["split"] == "validation" and m["step"] <= state["step"]]
+        if held_out:
+            lines.append(f"- held-out loss: {held_out[-1]['loss']:.4f} nats per target at step {held_out[-1]['step']:,}")
+    if (run_dir / SCORES_FILE).is_file():
+        scores = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
+        lines += ["", "## Scores", "", "```json", json.dumps(scores, indent=1), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _auto_class(model_class: str) -> str:
+    return "AutoModelForSeq2SeqLM" if model_class == "SpadeT5ForConditionalGeneration" else "AutoModelForSequenceClassification"

@@ -1,0 +1,166 @@
+"""Decoder: T5's, causal self-attention over the document, cross-attention over its source, feed-forward."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from spade_t5.layers.attention import CausalSelfAttention, CrossAttention, KeyValueCache
+from spade_t5.layers.config import LayersConfig
+from spade_t5.layers.encoder import StackOutput
+from spade_t5.layers.feed_forward import FEED_FORWARDS
+from spade_t5.layers.norm import make_norm
+from spade_t5.layers.position_bias import PositionEmbedding, RelativeAttentionBias
+from spade_t5.layers.segments import segment_positions
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, cross-attention, feed-forward, each with a residual sum."""
+
+    def __init__(self, config: LayersConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.is_pre_norm = config.norm_placement == "pre"
+        norm_arguments = (config.norm_type, config.d_model, config.layer_norm_epsilon)
+        sizes = (config.d_model, config.num_heads, config.d_kv)
+        dropout_rate, scale, use_bias = config.dropout_rate, config.attention_scale, config.use_bias
+        self.self_attention_norm = make_norm(*norm_arguments)
+        self.self_attention = CausalSelfAttention(*sizes, dropout_rate=dropout_rate, scale=scale, use_bias=use_bias)
+        self.cross_attention_norm = make_norm(*norm_arguments)
+        self.cross_attention = CrossAttention(*sizes, dropout_rate=dropout_rate, scale=scale, use_bias=use_bias)
+        self.feed_forward_norm = make_norm(*norm_arguments)
+        self.feed_forward = FEED_FORWARDS[config.feed_forward_proj](config.d_model, config.d_ff, dropout_rate, use_bias)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        encoder_BLD: Tensor,
+        offset_bias: Tensor | None,
+        segment_ids_BT: Tensor | None,
+        is_visible_BTL: Tensor | None,
+        cache: KeyValueCache | None = None,
+        with_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One layer; the arguments are those of its attention layers.
+
+        Returns:
+            output (B, T, D), self-attention weights or None, cross-attention weights or None.
+        """
+        h_BTD = self._before(self.self_attention_norm, x_BTD)
+        a_BTD, weights = self.self_attention(h_BTD, offset_bias, segment_ids_BT, cache, self.layer_index, with_weights)
+        x_BTD = self._after(self.self_attention_norm, x_BTD + self.dropout(a_BTD))
+        h_BTD = self._before(self.cross_attention_norm, x_BTD)
+        a_BTD, cross_weights = self.cross_attention(
+            h_BTD, encoder_BLD, is_visible_BTL, cache, self.layer_index, with_weights
+        )
+        x_BTD = self._after(self.cross_attention_norm, x_BTD + self.dropout(a_BTD))
+        h_BTD = self._before(self.feed_forward_norm, x_BTD)
+        x_BTD = self._after(self.feed_forward_norm, x_BTD + self.dropout(self.feed_forward(h_BTD)))
+        return x_BTD, weights, cross_weights
+
+    def _before(self, norm: nn.Module, x_BTD: Tensor) -> Tensor:
+        return norm(x_BTD) if self.is_pre_norm else x_BTD
+
+    def _after(self, norm: nn.Module, x_BTD: Tensor) -> Tensor:
+        return x_BTD if self.is_pre_norm else norm(x_BTD)
+
+
+class DecoderStack(nn.Module):
+    """Target embeddings and encoder states in, decoder states out."""
+
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+
+    def __init__(self, config: LayersConfig) -> None:
+        super().__init__()
+        self.bias_reach_tokens = config.relative_attention_max_distance
+        self.gradient_checkpointing = False
+        norm_arguments = (config.norm_type, config.d_model, config.layer_norm_epsilon)
+        self.positions = (
+            PositionEmbedding(config.decoder_positions, config.d_model) if config.decoder_positions else None
+        )
+        self.relative_attention_bias = None
+        if self.positions is None:
+            self.relative_attention_bias = RelativeAttentionBias(
+                config.num_heads,
+                num_buckets=config.relative_attention_num_buckets,
+                max_distance=config.relative_attention_max_distance,
+                bidirectional=False,
+                std=config.d_model**-0.5,
+            )
+        self.embedding_norm = make_norm(*norm_arguments) if config.embedding_norm else nn.Identity()
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_decoder_layers))
+        self.final_norm = make_norm(*norm_arguments) if config.final_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        embeddings_BTD: Tensor,
+        encoder_BLD: Tensor,
+        segment_ids_BT: Tensor | None = None,
+        is_visible_BTL: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        *,
+        with_hidden_states: bool = False,
+        with_attentions: bool = False,
+    ) -> StackOutput:
+        """Runs the layers.
+
+        Args:
+            embeddings_BTD: token embeddings; with a cache, of the tokens after the T0 held there.
+            encoder_BLD: encoder states.
+            segment_ids_BT: int64 documents of the row, None: one fills it; with a cache (B, T0+T), 0 = padding.
+            is_visible_BTL: bool, broadcastable to (B, T, L): source tokens that each target token may see; None: all.
+            cache: keys and values of earlier tokens and of the source; updated in place.
+            with_hidden_states: keep the output of every layer.
+            with_attentions: return the attention weights of every layer.
+
+        Raises:
+            ValueError: more tokens than absolute positions.
+        """
+        if self.positions is not None:
+            embeddings_BTD = embeddings_BTD + self._position_embeddings(
+                self.positions, embeddings_BTD, segment_ids_BT, cache
+            )
+        offset_bias = None
+        if self.relative_attention_bias is not None:
+            offset_bias = self.relative_attention_bias(self.bias_reach_tokens)
+
+        x_BTD = self.dropout(self.embedding_norm(embeddings_BTD))
+        hidden_states: list[Tensor] = [x_BTD]
+        attentions: list[Tensor] = []
+        cross_attentions: list[Tensor] = []
+        for layer in self.layers:
+            arguments = (x_BTD, encoder_BLD, offset_bias, segment_ids_BT, is_visible_BTL, cache, with_attentions)
+            if (
+                self.gradient_checkpointing and self.training and cache is None
+            ):  # recomputing would fill the cache twice
+                x_BTD, weights, cross_weights = self._gradient_checkpointing_func(layer.__call__, *arguments)
+            else:
+                x_BTD, weights, cross_weights = layer(*arguments)
+            hidden_states.append(x_BTD)
+            attentions += [weights] if weights is not None else []
+            cross_attentions += [cross_weights] if cross_weights is not None else []
+        x_BTD = self.dropout(self.final_norm(x_BTD))
+        hidden_states[-1] = x_BTD
+        return StackOutput(
+            x_BTD,
+            tuple(hidden_states) if with_hidden_states else None,
+            tuple(attentions) if with_attentions else None,
+            tuple(cross_attentions) if with_attentions else None,
+        )
+
+    def _position_embeddings(
+        self, table: PositionEmbedding, embeddings_BTD: Tensor, segment_ids: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        num_tokens = embeddings_BTD.shape[1]
+        num_held = cache.get_seq_length() if cache is not None else 0
+        if segment_ids is not None:
+            positions = segment_positions(segment_ids)[:, num_held:]
+        else:
+            if num_held + num_tokens > table.num_positions:
+                raise ValueError(
+                    f"decoder input of {num_held + num_tokens} tokens; decoder_positions is {table.num_positions}"
+                )
+            positions = torch.arange(num_held, num_held + num_tokens, device=embeddings_BTD.device)[None]
+        return table(positions)

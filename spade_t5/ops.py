@@ -1,0 +1,112 @@
+"""The one door through which the model reaches the kernels.
+
+Which backend runs is decided here: the argument, else the environment variable SPADE_T5_BACKEND, else "auto". A backend
+that cannot serve is an error that says why, never a silent change. The functions are those of `spade_t5.kernels`, where
+each is documented.
+"""
+
+import logging
+import os
+from functools import cache
+
+from torch import Tensor
+
+from spade_t5.errors import ConfigError
+from spade_t5.kernels import gated_gelu as _gated_gelu
+from spade_t5.kernels import local_attention as _local_attention
+from spade_t5.kernels import rms_norm as _rms_norm
+from spade_t5.kernels import ssm_conv as _ssm_conv
+from spade_t5.kernels.backend import choose_backend
+from spade_t5.kernels.local_attention import local_attention_probabilities
+from spade_t5.kernels.ssm_conv import kernel_spectrum
+
+__all__ = [
+    "backend_in_use",
+    "gated_gelu",
+    "kernel_spectrum",
+    "local_attention",
+    "local_attention_probabilities",
+    "rms_norm",
+    "ssm_conv",
+]
+
+_logger = logging.getLogger(__name__)
+
+
+def backend_in_use(backend: str = "auto") -> str:
+    """The backend that an op called with this argument runs on.
+
+    Args:
+        backend: "auto" leaves the choice to SPADE_T5_BACKEND, and without it to the library.
+
+    Returns:
+        "torch" or "naive".
+
+    Raises:
+        ConfigError: SPADE_T5_BACKEND names a backend that is unknown or not available.
+        ValueError: the same of the argument.
+    """
+    return (
+        choose_backend(backend) if backend != "auto" else _from_environment(os.environ.get("SPADE_T5_BACKEND", "auto"))
+    )
+
+
+@cache
+def _from_environment(name: str) -> str:
+    try:
+        chosen = choose_backend(name)
+    except ValueError as error:
+        raise ConfigError(f"environment variable SPADE_T5_BACKEND: {error}") from error
+    _logger.info("SPADE-T5 ops run on backend %r (SPADE_T5_BACKEND=%s)", chosen, name)
+    return chosen
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset_bias: Tensor | None,
+    *,
+    left: int | None,
+    right: int | None,
+    segment_ids: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Banded attention with a bias by relative offset: `spade_t5.kernels.local_attention.local_attention`."""
+    return _local_attention.local_attention(
+        q,
+        k,
+        v,
+        offset_bias,
+        left=left,
+        right=right,
+        segment_ids=segment_ids,
+        dropout_p=dropout_p,
+        backend=backend_in_use(backend),
+    )
+
+
+def ssm_conv(
+    u: Tensor,
+    ssm_kernel: Tensor,
+    skip: Tensor,
+    *,
+    segment_ids: Tensor | None = None,
+    ssm_kernel_f: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Long convolution of an SSM, restarted at every document: `spade_t5.kernels.ssm_conv.ssm_conv`."""
+    return _ssm_conv.ssm_conv(
+        u, ssm_kernel, skip, segment_ids=segment_ids, ssm_kernel_f=ssm_kernel_f, backend=backend_in_use(backend)
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
+    """T5's layer norm: `spade_t5.kernels.rms_norm.rms_norm`."""
+    return _rms_norm.rms_norm(x, weight, eps, backend=backend_in_use(backend))
+
+
+def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
+    """GELU of one half gates the other: `spade_t5.kernels.gated_gelu.gated_gelu`."""
+    return _gated_gelu.gated_gelu(a, b, backend=backend_in_use(backend))

@@ -1,0 +1,95 @@
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spade_t5.errors import ConfigError, DataError
+from spade_t5.pretrain.prepare import PrepareConfig, prepare
+from spade_t5.pretrain.store import TokenStore, write_shard
+
+
+def test_shards_read_as_one_array(store_folder: Path) -> None:
+    split = TokenStore.open(store_folder).split("train")
+    assert len(split.shards) > 3
+    whole = split.tokens(0, split.num_tokens)
+    assert len(whole) == split.num_tokens == sum(shard.num_tokens for shard in split.shards)
+    border = split.shards[0].num_tokens
+    for start, stop in (
+        (0, 0),
+        (5, 9),
+        (border - 3, border),
+        (border - 3, border + 4),
+        (border, split.num_tokens),
+        (7, 2 * border + 9),
+    ):
+        np.testing.assert_array_equal(split.tokens(start, stop), whole[start:stop])
+    parts = [split.document(number) for number in range(split.num_documents)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    with pytest.raises(ValueError, match="not in split"):
+        split.tokens(0, split.num_tokens + 1)
+    with pytest.raises(ValueError, match="not in split"):
+        split.document(split.num_documents)
+    with pytest.raises(ValueError, match="not one of"):
+        TokenStore.open(store_folder).split("test")
+
+
+def test_tokens_are_mapped_and_not_read(store_folder: Path) -> None:
+    tokens = TokenStore.open(store_folder).split("train").tokens(3, 10)
+    assert tokens.dtype == np.uint16
+    assert not tokens.flags.owndata
+    assert not tokens.flags.writeable
+
+
+def test_a_store_pickles_to_its_path(store_folder: Path) -> None:
+    store = TokenStore.open(store_folder)
+    tokens = store.split("train").tokens(0, store.split("train").num_tokens)
+    pickled = pickle.dumps(store)
+    assert len(pickled) < tokens.nbytes / 10
+    np.testing.assert_array_equal(pickle.loads(pickled).split("train").tokens(0, len(tokens)), tokens)
+
+
+def test_large_vocabularies_take_wider_tokens(tmp_path: Path) -> None:
+    documents = [np.array([1, 2**17], dtype=np.uint32), np.array([5], dtype=np.uint32)]
+    shard = write_shard(tmp_path / "a.arrow", documents, np.dtype(np.uint32))
+    assert (shard.num_tokens, shard.num_documents) == (3, 2)
+    manifest = {
+        "dtype": "uint32",
+        "tokenizer": {"hash": "", "vocab_size": 2**18, "pad_token_id": 0, "eos_token_id": 1, "sentinel_ids": []},
+        "splits": {"train": [{**{name: getattr(shard, name) for name in shard.__slots__}}], "validation": []},
+    }
+    assert TokenStore(tmp_path, manifest).split("train").tokens(0, 3).tolist() == [1, 2**17, 5]
+
+
+def test_another_tokenizer_is_refused(store_folder: Path) -> None:
+    store = TokenStore.open(store_folder)
+    TokenStore.open(store_folder, tokenizer_hash=store.tokenizer.hash)
+    with pytest.raises(ConfigError, match="made with tokenizer"):
+        TokenStore.open(store_folder, tokenizer_hash="0" * 64)
+
+
+def test_damage_is_found(tmp_path: Path, config_for: Callable[..., PrepareConfig]) -> None:
+    folder = prepare(config_for(tmp_path / "store"))
+    store = TokenStore.open(folder)
+    store.verify()
+    file = folder / store.split("train").shards[0].file
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="content differs"):
+        TokenStore.open(folder).verify()
+    file.write_bytes(content[:-1])
+    with pytest.raises(DataError, match="the manifest says"):
+        TokenStore.open(folder)
+    file.unlink()
+    with pytest.raises(DataError, match="the manifest says"):
+        TokenStore.open(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        TokenStore.open(folder)
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="format None"):
+        TokenStore.open(folder)
+    with pytest.raises(DataError, match="not a token store"):
+        TokenStore.open(tmp_path)

@@ -1,0 +1,48 @@
+"""Choice of backend: argument, then environment, then auto; what cannot serve says why."""
+
+import logging
+
+import pytest
+import torch
+
+from spade_t5 import ops
+from spade_t5.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPADE_T5_BACKEND", raising=False)
+    ops._from_environment.cache_clear()
+
+
+def test_auto_is_torch_and_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="spade_t5.ops"):
+        assert [ops.backend_in_use(), ops.backend_in_use("auto")] == ["torch", "torch"]
+    assert [record.message for record in caplog.records] == [
+        "SPADE-T5 ops run on backend 'torch' (SPADE_T5_BACKEND=auto)"
+    ]
+
+
+def test_environment_chooses_and_argument_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPADE_T5_BACKEND", "naive")
+    assert ops.backend_in_use() == "naive"
+    assert ops.backend_in_use("torch") == "torch"
+
+
+def test_environment_reaches_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 4, 1, 2)
+    monkeypatch.setenv("SPADE_T5_BACKEND", "triton")
+    calls = [
+        lambda: ops.local_attention(q, q, q, None, left=1, right=1),
+        lambda: ops.ssm_conv(torch.zeros(1, 4, 2), torch.zeros(2, 2, 4), torch.zeros(2)),
+        lambda: ops.rms_norm(q, torch.ones(2), 1e-6),
+        lambda: ops.gated_gelu(q, q),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"SPADE_T5_BACKEND: backend='triton' is not available: .* use 'auto'"):
+            call()
+
+
+def test_unknown_argument_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"backend='flash' is unknown; use one of 'auto', 'torch', 'naive'"):
+        ops.backend_in_use("flash")
