@@ -3,12 +3,13 @@
     python -m benchmarks.step [--out docs/results] [--rounds 7] [--quick]
 
 The models take turns within a round, so that what disturbs the machine disturbs them alike; medians over rounds are
-compared. Dropout is 0, as in T5 1.1's pretraining. Tokens are random: no part of a step depends on their values. Set
-OMP_NUM_THREADS to choose the threads.
+compared. Processor time is recorded too: on a machine that others use, one thread's (OMP_NUM_THREADS=1) is the steadier
+measure. Dropout is 0, as in T5 1.1's pretraining. Tokens are random: no part of a step depends on their values.
 """
 
 import argparse
 import gc
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def build_models(preset: str) -> dict[str, torch.nn.Module]:
         "tie_word_embeddings": False,
         "decoder_start_token_id": 0,
     }
-    t5 = T5Config(**sizes, attn_implementation="sdpa")
+    t5 = T5Config(**sizes)
+    t5._attn_implementation = "sdpa"
     longt5 = LongT5Config(**sizes, encoder_attention_type="local", local_radius=config.local_radius)
     models = {
         "spade-t5": SpadeT5ForConditionalGeneration(config),
@@ -44,13 +46,13 @@ def build_models(preset: str) -> dict[str, torch.nn.Module]:
     return {name: model.train() for name, model in models.items()}
 
 
-def timed_step(model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """Seconds of one forward and backward pass."""
+def timed_step(model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Seconds of one forward and backward pass: by the clock, and of the processor (all threads together)."""
     model.zero_grad(set_to_none=True)
     gc.collect()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     model(input_ids=input_ids, labels=labels, use_cache=False).loss.backward()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def compare(models: dict[str, torch.nn.Module], input_tokens: int, target_tokens: int, rounds: int) -> dict[str, Any]:
@@ -58,18 +60,22 @@ def compare(models: dict[str, torch.nn.Module], input_tokens: int, target_tokens
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(3, 32000, (1, input_tokens), generator=generator)
     labels = torch.randint(3, 32000, (1, target_tokens), generator=generator)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for round_number in range(rounds + 1):
         for name, model in models.items():
             elapsed = timed_step(model, input_ids, labels)
             if round_number > 0:
-                seconds[name].append(elapsed)
-    times = {name: report.summary(values) for name, values in seconds.items()}
-    for name in times:
+                steps[name].append(elapsed)
+    times: dict[str, dict[str, Any]] = {}
+    for name, pairs in steps.items():
+        times[name] = report.summary([seconds for seconds, _ in pairs])
+        times[name]["median_cpu_seconds"] = statistics.median(cpu_seconds for _, cpu_seconds in pairs)
         times[name]["input_tokens_per_second"] = input_tokens / times[name]["median_seconds"]
-    own = times["spade-t5"]["median_seconds"]
-    speedups = {name: times[name]["median_seconds"] / own for name in models if name != "spade-t5"}
-    return {"input_tokens": input_tokens, "target_tokens": target_tokens, "models": times, "speedup_over": speedups}
+    results: dict[str, Any] = {"input_tokens": input_tokens, "target_tokens": target_tokens, "models": times}
+    for measure, key in (("speedup_over", "median_seconds"), ("cpu_speedup_over", "median_cpu_seconds")):
+        own = times["spade-t5"][key]
+        results[measure] = {name: times[name][key] / own for name in models if name != "spade-t5"}
+    return results
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,11 +97,15 @@ def main(arguments: list[str] | None = None) -> None:
             goal = GOALS.get((name, comparison["input_tokens"]))
             verdict = "" if speedup is None else f"   SPADE-T5 is {speedup:.2f}x as fast"
             verdict += "" if goal is None else f" (goal {goal}x)"
-            print(f"{comparison['input_tokens']:6} tokens  {name:10} {times['median_seconds']:8.3f} s{verdict}")
+            print(
+                f"{comparison['input_tokens']:6} tokens  {name:10} {times['median_seconds']:8.3f} s"
+                f" ({times['median_cpu_seconds']:.3f} s of processor time){verdict}"
+            )
     results = {
         "preset": options.preset,
         "dtype": "float32",
         "batch_rows": 1,
+        "attention": {name: model.config._attn_implementation for name, model in models.items()},
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "comparisons": comparisons,
     }

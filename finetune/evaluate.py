@@ -135,7 +135,7 @@ def evaluate_model(
     cls: type[SpadeT5PreTrainedModel] = (
         SpadeT5ForSequenceClassification if has_head else SpadeT5ForConditionalGeneration
     )
-    model: PreTrainedModel = load_model(path, cls).to(distributed.device())  # type: ignore[arg-type]  # transformers' wrapper
+    model = load_model(path, cls, device=distributed.device())
     result = evaluate(model, load_tokenizer_of(path), task, config=config, rows=rows)
     if distributed.is_main():
         for line in score_lines(result.summary):

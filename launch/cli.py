@@ -19,6 +19,7 @@ COMMANDS = {
     "finetune": "fine-tune a model on a task",
     "evaluate": "score a model on a task",
     "export": "write a run's model as a Hugging Face folder",
+    "convert": "T5 1.1 or LongT5 to SPADE-T5, and back",
     "generate": "generate text from lines of text",
     "verify": "check a checkpoint, store or export against its manifest",
     "demo": "the whole story on the documentation of this Python installation",

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,17 +47,12 @@ def load_settings(cls: type[T], words: list[str], **flags: bool) -> T:
     return from_mapping(cls, {**mapping, **{name: True for name, is_given in flags.items() if is_given}})
 
 
-def check_sections(settings: ConfigDict, known: tuple[str, ...]) -> None:
-    """Refuses settings outside the sections that a command has.
-
-    Raises:
-        ConfigError: with the nearest known section.
-    """
-    for key in settings:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known sections: {', '.join(known)}"
-            raise ConfigError(f"{key}: unknown section; {hint}")
+def positive_int(text: str) -> int:
+    """A whole number of at least 1, as a type of command-line options."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
 
 
 def _read(name: str, kind: str) -> ConfigDict:

@@ -10,17 +10,15 @@ from pathlib import Path
 
 import torch
 
-from spade_t5.config import from_mapping
 from spade_t5.checkpoint import read_state
+from spade_t5.config import from_mapping
 from spade_t5.errors import ConfigError
 from spade_t5.hf.loading import find_checkpoint, load_model
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
-from spade_t5.pretrain.objectives import SpanCorruption
 from spade_t5.pretrain.rows import SpanCorruptionRows
+from spade_t5.pretrain.run import PretrainConfig
 from spade_t5.pretrain.store import TokenStore
 from spade_t5.training import Seq2SeqObjective, distributed
-from spade_t5.training.data import evaluation_batches
-from spade_t5.training.objectives import IGNORED_LABEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +28,7 @@ class HeldOutLoss:
     loss: float
     """Of the model."""
     shuffled_loss: float
-    """Of the model, each row's inputs replaced by those of another row."""
+    """Of the model, each row's inputs replaced by those of the row half the split away."""
     unigram_loss: float
     """Of the token frequencies of training targets."""
     num_targets: int
@@ -46,7 +44,7 @@ def evaluate_held_out(
         run: run folder or checkpoint.
         step: which checkpoint of a run folder; the newest by default.
         max_rows: rows scored, evenly spread over the split; None: all.
-        batch_rows: rows at once, at least 2.
+        batch_rows: rows at once.
         unigram_rows: training rows that the token frequencies are counted in.
 
     Raises:
@@ -56,33 +54,36 @@ def evaluate_held_out(
     checkpoint = find_checkpoint(run, step)
     if checkpoint is None:
         raise ConfigError(f"{run}: not a run folder (it has no checkpoints/)")
-    config = read_state(checkpoint)["config"]
-    if "objective" not in config:
+    saved = read_state(checkpoint)["config"]
+    if "objective" not in saved:
         raise ConfigError(f"{run}: not a pretraining run; score it with --task")
-    objective = from_mapping(SpanCorruption, config["objective"], "objective")
-    store = TokenStore.open(config["data"]["store"], tokenizer_hash=config["tokenizer_hash"])
-    seed = config["training"]["seed"]
-    held_out = SpanCorruptionRows(store, "validation", objective, seed=seed, evaluation=True, max_rows=max_rows)
-    train = SpanCorruptionRows(store, "train", objective, seed=seed)
-    model = load_model(checkpoint, SpadeT5ForConditionalGeneration).to(distributed.device()).eval()
+    tokenizer_hash = saved.pop("tokenizer_hash")
+    config = from_mapping(PretrainConfig, saved)
+    store = TokenStore.open(config.data.store, tokenizer_hash=tokenizer_hash)
+    seed = config.training.seed
+    held_out = SpanCorruptionRows(store, "validation", config.objective, seed=seed, evaluation=True, max_rows=max_rows)
+    train = SpanCorruptionRows(store, "train", config.objective, seed=seed)
+    assert held_out.num_rows is not None, "evaluation rows are finite"
+    model = load_model(checkpoint, SpadeT5ForConditionalGeneration, device=distributed.device())
     target_counts = _target_counts(train, unigram_rows, model.config.vocab_size)
     log_frequency_V = torch.log(target_counts / target_counts.sum())
     scorer = Seq2SeqObjective(
         decoder_start_token_id=model.config.decoder_start_token_id, pad_token_id=store.tokenizer.pad_token_id
     )
+    far = max(1, held_out.num_rows // 2)  # neighbours may be parts of one document
     loss = shuffled = unigram = 0.0
     num_targets = 0
     with torch.no_grad():
-        for batch in evaluation_batches(held_out, micro_batch_rows=batch_rows, rank=0, world_size=1):
-            labels = batch["labels"][batch["labels"] != IGNORED_LABEL]
+        for first in range(0, held_out.num_rows, batch_rows):
+            rows = range(first, min(first + batch_rows, held_out.num_rows))
+            batch = held_out.collate(rows)
+            labels = batch["labels"].flatten()
             unigram -= float(log_frequency_V[labels].sum())
             num_targets += labels.numel()
-            batch = {name: tensor.to(distributed.device()) for name, tensor in batch.items()}
+            batch = {name: tensor.to(device=distributed.device()) for name, tensor in batch.items()}
             loss += float(scorer.summed_loss(model, batch))
-            others = {**batch, "input_ids": batch["input_ids"].roll(1, dims=0)}
-            if "segment_ids" in batch:
-                others["segment_ids"] = batch["segment_ids"].roll(1, dims=0)
-            shuffled += float(scorer.summed_loss(model, others))
+            others = held_out.collate([(row + far) % held_out.num_rows for row in rows])["input_ids"]
+            shuffled += float(scorer.summed_loss(model, {**batch, "input_ids": others.to(device=distributed.device())}))
     return HeldOutLoss(loss / num_targets, shuffled / num_targets, unigram / num_targets, num_targets)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
@@ -212,7 +213,8 @@ def _tokenise(config: PrepareConfig, corpus: Corpus, tokenizer: str, writer: _Sh
     left = None if config.max_documents is None else config.max_documents - writer.total("num_documents")
     documents = itertools.islice(corpus.read(writer.position, bad_rows), left)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokenising")
         num_documents = num_tokens = 0
         for document, tokens in _encoded(config, documents, tokenizer, writer.dtype):

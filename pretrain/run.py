@@ -65,16 +65,16 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto") -> Path:
     eval_rows = SpanCorruptionRows(
         store, "validation", config.objective, seed=seed, evaluation=True, max_rows=config.data.max_eval_rows
     )
-    start(config.training)
-    resolved = {**to_mapping(config), "tokenizer_hash": store.tokenizer.hash}
-    open_run_folder(config.run_dir, resolved, resume_from)
-    if distributed.is_main():
-        tokenizer.save_pretrained(config.run_dir / "tokenizer")
     init_from = config.model.get("init_from")
     if init_from is not None:
         model = load_model(init_from, SpadeT5ForConditionalGeneration)
     else:
         model = build_model(SpadeT5ForConditionalGeneration, model_config, seed=seed)
+    start(config.training)
+    resolved = {**to_mapping(config), "tokenizer_hash": store.tokenizer.hash}
+    open_run_folder(config.run_dir, resolved, resume_from)
+    if distributed.is_main():
+        tokenizer.save_pretrained(config.run_dir / "tokenizer")
     trainer = Trainer(
         model=model,
         objective=Seq2SeqObjective(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
 from rich.progress import Progress
 
 from spade_t5.data.files import BadRows
@@ -84,7 +85,8 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
     if out.exists():
         raise ConfigError(f"out: {out} exists already; remove it or choose another folder")
     model = io.BytesIO()
-    with Progress(transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         lines = _sample(config, config.corpus.open(), progress)
         try:
             sentencepiece.SentencePieceTrainer.train(

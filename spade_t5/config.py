@@ -161,7 +161,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
     options = tuple(option for option in options if option is not type(None))
     if len(options) == 1:
         return _convert(options[0], value, path)
-    variants = {option.name: option for option in options if dataclasses.is_dataclass(option)}
+    variants: dict[str, Any] = {option.name: option for option in options if dataclasses.is_dataclass(option)}
     if variants:
         name = value.get("name") if isinstance(value, Mapping) else None
         if name not in variants:

@@ -9,5 +9,5 @@ from torch import Tensor
 
 
 def gated_gelu_eager(a: Tensor, b: Tensor) -> Tensor:
-    """h = gelu_tanh(a) * b; arguments and result as of `gated_gelu`, unchecked."""
+    """H = gelu_tanh(a) * b; arguments and result as of `gated_gelu`, unchecked."""
     return F.gelu(a, approximate="tanh") * b

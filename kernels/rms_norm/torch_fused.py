@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 def rms_norm_fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = weight * (x * rsqrt(mean(x^2) + eps)); arguments and result as of `rms_norm`, unchecked."""
+    """Y = weight * (x * rsqrt(mean(x^2) + eps)); arguments and result as of `rms_norm`, unchecked."""
     return _RMSNorm.apply(x, weight, eps)
 
 

@@ -34,7 +34,7 @@ def ssm_conv_fft(
     segment_ids: Tensor | None = None,
     ssm_kernel_f: Tensor | None = None,
 ) -> Tensor:
-    """y = K * u + skip u within each document; arguments as of `ssm_conv`, only the order of segments is checked."""
+    """Y = K * u + skip u within each document; arguments as of `ssm_conv`, only the order of segments is checked."""
     groups = None if segment_ids is None else _group_documents(segment_ids)
     spectrum_DF = ssm_kernel_f if segment_ids is None else None
     return _Convolution.apply(u_BLD, ssm_kernel_SDL, skip_D, spectrum_DF, groups)
@@ -195,7 +195,7 @@ def _filter(x_RMD: Tensor, *, spectrum: _Spectrum, correlate: bool) -> Tensor:
 
 
 def _add_lag_products(dkernel_SDL: Tensor, dy_RMD: Tensor, u_RMD: Tensor) -> None:
-    """dkernel += sum over rows and t of dy_t u_{t - lag}."""
+    """Dkernel += sum over rows and t of dy_t u_{t - lag}."""
     length = u_RMD.shape[1]
     num_points = fft_length(length)
     for channels in _channel_steps(u_RMD):

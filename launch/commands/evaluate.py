@@ -1,6 +1,8 @@
 """Score a model: on a task, or, for a pretraining run without --task, on the held-out text of its store.
 
-Example: spade-t5 evaluate runs/sst2 --task sst2 evaluation.split=validation task.folder=glue/SST-2
+A fine-tuning run brings its task and settings with it. Other models need --task.
+
+Example: spade-t5 evaluate runs/sst2/model --task sst2 task.source.name=folder task.source.path=glue
 """
 
 import argparse
@@ -8,12 +10,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from spade_t5.config import apply_overrides, from_mapping
+from spade_t5.checkpoint import read_state
 from spade_t5.errors import ConfigError
-from spade_t5.finetune.evaluate import EvaluationConfig, evaluate_model
-from spade_t5.finetune.registry import TASKS, task_config
-from spade_t5.finetune.rows import RowsConfig
-from spade_t5.launch.config_files import check_sections
+from spade_t5.finetune.config import evaluate_config
+from spade_t5.finetune.evaluate import evaluate_model
+from spade_t5.finetune.registry import TASKS
+from spade_t5.hf.loading import find_checkpoint
+from spade_t5.launch.config_files import positive_int
 from spade_t5.pretrain.evaluation import evaluate_held_out
 from spade_t5.training import distributed
 
@@ -22,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", help="run folder, checkpoint, exported folder, or name on the hub")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings under task., rows. and evaluation.")
-    parser.add_argument("--task", choices=sorted(TASKS), help="task to score; without it: held-out loss of a pretraining run")
-    parser.add_argument("--out", type=Path, help="folder for predictions/ and scores.json")
-    parser.add_argument("--max-rows", type=int, help="without --task: held-out rows scored (default: all)")
+    parser.add_argument("--task", choices=sorted(TASKS), help="task to score; default: the one of a fine-tuning run, held-out loss of a pretraining run")
+    parser.add_argument("--out", type=Path, help="folder for predictions/ and scores.json, or for held_out.json")
+    parser.add_argument("--max-rows", type=positive_int, help="held-out loss: rows scored (default: all)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    if arguments.task is None:
+    if arguments.task is None and _is_pretraining_run(Path(arguments.model)):
         if arguments.settings:
             raise ConfigError(f"argument {arguments.settings[0]!r}: settings need --task")
         result = asdict(evaluate_held_out(Path(arguments.model), max_rows=arguments.max_rows))
@@ -37,14 +40,16 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.out.mkdir(parents=True, exist_ok=True)
             (arguments.out / "held_out.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     else:
-        settings = apply_overrides({}, arguments.settings)
-        check_sections(settings, ("task", "rows", "evaluation"))
+        if arguments.max_rows is not None:
+            raise ConfigError("--max-rows: belongs to the held-out loss; for a task set evaluation.max_examples")
+        config = evaluate_config(arguments.model, arguments.task, arguments.settings)
         result = evaluate_model(
-            arguments.model,
-            task_config(arguments.task, settings.get("task", {})).build(),
-            config=from_mapping(EvaluationConfig, settings.get("evaluation", {}), "evaluation"),
-            rows=from_mapping(RowsConfig, settings.get("rows", {}), "rows"),
-            out=arguments.out,
+            arguments.model, config.task.build(), config=config.evaluation, rows=config.rows, out=arguments.out
         )
     if distributed.is_main():
         print(json.dumps(result, indent=1))
+
+
+def _is_pretraining_run(path: Path) -> bool:
+    checkpoint = find_checkpoint(path)
+    return checkpoint is not None and "objective" in read_state(checkpoint)["config"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from spade_t5.errors import DataError
 from spade_t5.hf.generation import generate_text
 from spade_t5.hf.loading import load_model, load_tokenizer_of
+from spade_t5.launch.config_files import positive_int
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
 from spade_t5.training import distributed
 
@@ -15,11 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", help="exported folder, run folder, checkpoint, or name on the hub")
     parser.add_argument("--input", type=Path, help="file with one input a line (default: standard input)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest output, in tokens (default: %(default)s)")
-    parser.add_argument("--num-beams", type=int, default=1, help="beams; 1 is greedy (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=128, help="longest output, in tokens (default: %(default)s)")
+    parser.add_argument("--num-beams", type=positive_int, default=1, help="beams; 1 is greedy (default: %(default)s)")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="inputs at once (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="inputs at once (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise DataError(f"--input: {arguments.input}: {error.strerror}; give an existing text file") from None
         except UnicodeDecodeError:
             raise DataError(f"--input: {arguments.input} is not UTF-8 text; convert it first") from None
-    model = load_model(arguments.model, SpadeT5ForConditionalGeneration).to(distributed.device())
+    model = load_model(arguments.model, SpadeT5ForConditionalGeneration, device=distributed.device())
     options = {"num_beams": arguments.num_beams, "do_sample": arguments.sample}
     if arguments.sample:
         options["temperature"] = arguments.temperature

@@ -10,6 +10,7 @@ from spade_t5.checkpoint.checkpoint import (
     read_weights,
     save_checkpoint,
     verify_checkpoint,
+    verify_together,
 )
 from spade_t5.checkpoint.manifest import publish, verify_folder, write_manifest
 
@@ -25,5 +26,6 @@ __all__ = [
     "save_checkpoint",
     "verify_checkpoint",
     "verify_folder",
+    "verify_together",
     "write_manifest",
 ]

@@ -108,7 +108,7 @@ def load_checkpoint(path: Path, backend: Backend) -> dict[str, Any]:
     Raises:
         DataError: the checkpoint is damaged, or does not fit the model.
     """
-    _verify_together(path)
+    verify_together(path)
     state = read_state(path)
     index: Index = state["index"]
     names = {name for name, p in backend.module.named_parameters() if p.requires_grad}
@@ -179,6 +179,24 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         DataError: a file is missing or damaged.
     """
     return verify_folder(path)
+
+
+def verify_together(path: Path) -> None:
+    """As `verify_checkpoint`, a collective call: each rank hashes some of the files.
+
+    Raises:
+        DataError: a file is missing or damaged; on all ranks.
+    """
+    problem = None
+    try:
+        files = list(read_manifest(path)["files"].items())
+        for name, entry in files[distributed.rank() :: distributed.world_size()]:
+            check_file(path, name, entry)
+    except DataError as error:
+        problem = str(error)
+    problems = [found for found in distributed.gather_objects(problem) if found is not None]
+    if problems:
+        raise DataError(str(problems[0]))
 
 
 class _SliceReader:
@@ -256,20 +274,6 @@ def _finish(folder: Path, parts: list[Any], step: int, facts: dict[str, Any]) ->
     (folder / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
     entries[STATE_FILE] = file_entry(folder / STATE_FILE)
     write_manifest(folder, entries, kind="checkpoint", step=step)
-
-
-def _verify_together(path: Path) -> None:
-    """Each rank hashes some of the files; all raise if one is damaged."""
-    problem = None
-    try:
-        files = list(read_manifest(path)["files"].items())
-        for name, entry in files[distributed.rank() :: distributed.world_size()]:
-            check_file(path, name, entry)
-    except DataError as error:
-        problem = str(error)
-    problems = [found for found in distributed.gather_objects(problem) if found is not None]
-    if problems:
-        raise DataError(str(problems[0]))
 
 
 def _load_fragment(fragment: Fragment, optimizer: torch.optim.Optimizer, state: dict[str, Any], reader: _SliceReader) -> None:

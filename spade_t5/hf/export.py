@@ -5,6 +5,7 @@ every file. It appears only when it is complete.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ def export_run(run: Path, out: Path, *, step: int | None = None, max_shard_size:
         `out`.
 
     Raises:
-        ConfigError: `out` exists, or `run` is no run.
+        ConfigError: `out` exists, `run` is no run, or the size is none.
         DataError: the checkpoint is damaged.
     """
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
+        raise ConfigError(f"--max-shard-size: {max_shard_size!r} is not a size; write it as 500MB or 5GB")
     if out.exists():
         raise ConfigError(f"--out: {out} already exists; choose another folder or remove it")
     checkpoint = find_checkpoint(run, step)

@@ -65,14 +65,22 @@ def load_config(path: str | Path) -> SpadeT5Config:
     return SpadeT5Config.from_pretrained(path)
 
 
-def load_model(path: str | Path, cls: type[Model], *, step: int | None = None, num_labels: int | None = None) -> Model:
-    """The model that `path` names, as the class `cls`; a classifier made of a pretrained model gets a fresh head.
+def load_model(
+    path: str | Path,
+    cls: type[Model],
+    *,
+    step: int | None = None,
+    num_labels: int | None = None,
+    device: torch.device | None = None,
+) -> Model:
+    """The model that `path` names, as the class `cls`, in evaluation mode; a classifier made of a pretrained model gets a fresh head.
 
     Args:
         path: exported folder, run folder, checkpoint folder, or name on the hub.
         cls: any SPADE-T5 model class.
         step: which checkpoint of a run folder; the newest by default.
         num_labels: outputs of a classification head; None: as saved.
+        device: where the model goes; None leaves it on the CPU.
 
     Raises:
         ConfigError: nothing loadable is there.
@@ -82,11 +90,13 @@ def load_model(path: str | Path, cls: type[Model], *, step: int | None = None, n
     checkpoint = find_checkpoint(Path(path), step)
     if checkpoint is None:
         _check_model_folder(path)
-        return cls.from_pretrained(path, dtype=torch.float32, **labels)
-    config = SpadeT5Config.from_dict({**read_state(checkpoint)["model_config"], **labels})
-    model = build_model(cls, config, seed=0)
-    load_weights_into(model, checkpoint)
-    return model
+        model = cls.from_pretrained(path, dtype=torch.float32, **labels)
+    else:
+        config = SpadeT5Config.from_dict({**read_state(checkpoint)["model_config"], **labels})
+        model = build_model(cls, config, seed=0)
+        load_weights_into(model, checkpoint)
+    torch.nn.Module.to(model, device)
+    return model.eval()
 
 
 def load_tokenizer_of(path: str | Path) -> PreTrainedTokenizerFast:

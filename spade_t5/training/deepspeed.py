@@ -74,7 +74,7 @@ def start_processes() -> None:
         raise ConfigError(
             "training.deepspeed: DeepSpeed is not installed; install spade-t5[train], or set training.deepspeed=null to train in one process"
         ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed 0.19 calls collectives under names that torch 2.13 is about to drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():
@@ -108,7 +108,8 @@ class DeepSpeedBackend:
         self._stage = config.deepspeed.zero_stage
         self._clip_norm = config.clip_norm
         self._check_equal_weights()
-        self._trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        # DeepSpeed hangs attributes of its own on parameters, hence Any.
+        self._trained: list[tuple[str, Any]] = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self._frozen = frozen_tensors(module)
         if config.precision == "bf16" and any(getattr(p, "_is_ssm", False) for _, p in self._trained):
             raise ConfigError(

@@ -7,7 +7,7 @@ accumulation and the number of ranks do not change the loss.
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spade_t5.layers.segments import shift_right

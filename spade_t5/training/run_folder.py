@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from spade_t5.checkpoint import latest_checkpoint, list_checkpoints, read_state
+from spade_t5.checkpoint import latest_checkpoint, list_checkpoints, read_state, verify_together
 from spade_t5.config import ConfigDict, dump_yaml
 from spade_t5.errors import ConfigError
 from spade_t5.training import distributed
@@ -61,8 +61,10 @@ def open_run_folder(run_dir: Path, config: ConfigDict, resume_from: Path | None)
 
     Raises:
         ConfigError: the checkpoint was made with other settings that may not change, or the folder cannot be written.
+        DataError: the checkpoint is damaged.
     """
     if resume_from is not None:
+        verify_together(resume_from)  # before anything is written
         check_same_settings(read_state(resume_from)["config"], config, FIXED_KEYS)
     if distributed.is_main():
         try:

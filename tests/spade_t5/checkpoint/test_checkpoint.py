@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from spade_t5.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, load_weights_into, read_weights, save_checkpoint
+from spade_t5.checkpoint import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights_into,
+    read_weights,
+    save_checkpoint,
+)
 from spade_t5.errors import DataError
 from spade_t5.training.backend import SingleProcess
 from spade_t5.training.config import TrainingConfig

@@ -79,9 +79,8 @@ def test_a_torn_gzip_file_gives_the_rows_before_the_tear(tmp_path: Path) -> None
 
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "c"], "n": [1, 2, 3]}), tmp_path / "t.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", None, "c"], "n": [1, 2, 3]}), tmp_path / "t.parquet")
     bad_rows = BadRows()
     rows = list(read_rows(tmp_path / "t.parquet", bad_rows=bad_rows, required={"text": str}))
     assert [(row.line, row.fields) for row in rows] == [(1, {"text": "a", "n": 1}), (3, {"text": "c", "n": 3})]

@@ -1,0 +1,234 @@
+"""The commands in the order of the story, from text to a model in Hugging Face's hands; exit codes; help."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spade_t5.checkpoint import latest_checkpoint, list_checkpoints, read_weights, verify_folder
+from spade_t5.hf.loading import load_model, load_tokenizer_of
+from spade_t5.hf.tokenizer import model_vocab_size, tokenizer_hash
+from spade_t5.launch.cli import COMMANDS, main
+from spade_t5.modeling import SpadeT5ForConditionalGeneration
+from spade_t5.pretrain.evaluation import evaluate_held_out
+from spade_t5.pretrain.store import TokenStore
+from spade_t5.testing import run_command
+from spade_t5.training.reporting import read_metrics
+
+SPADE_T5 = [sys.executable, "-m", "spade_t5.launch"]
+
+FRESH_PROCESS = """
+import sys, torch
+import spade_t5
+from safetensors.torch import save_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+folder, out = sys.argv[1:]
+model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+batch = tokenizer(["Return the <extra_id_0> of a JSON document.", "Log it."], padding=True, return_tensors="pt")
+options = {"max_new_tokens": 12, "min_new_tokens": 12}
+with torch.no_grad():
+    torch.manual_seed(0)
+    result = {
+        "input_ids": batch["input_ids"],
+        "logits": model(**batch, decoder_input_ids=torch.tensor([[0, 5, 9], [0, 7, 8]])).logits,
+        "greedy": model.generate(**batch, **options),
+        "uncached": model.generate(**batch, **options, use_cache=False),
+        "beam": model.generate(**batch, **options, num_beams=3),
+        "beam_uncached": model.generate(**batch, **options, num_beams=3, use_cache=False),
+        "sampled": model.generate(**batch, **options, do_sample=True),
+    }
+save_file({name: tensor.contiguous() for name, tensor in result.items()}, out)
+print(type(model).__name__)
+"""
+
+
+def train_losses(run: Path) -> list[float]:
+    return [metrics["loss"] for metrics in read_metrics(run) if metrics["split"] == "train"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: spade-t5 {command}")
+    assert not err
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name}: {summary}" in out for name, summary in COMMANDS.items())
+
+
+def test_the_store_holds_its_tokenizer(store: Path, tokenizer: Path) -> None:
+    opened = TokenStore.open(store)
+    assert opened.tokenizer.hash == tokenizer_hash(load_tokenizer_of(tokenizer))
+    assert opened.tokenizer.vocab_size == model_vocab_size(load_tokenizer_of(tokenizer))
+    assert all(opened.split(name).num_tokens > 1000 for name in ("train", "validation"))
+
+
+def test_a_run_folder_holds_what_a_run_leaves(run: Path) -> None:
+    names = {"config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "tensorboard", "plots", "tokenizer"}
+    assert {path.name for path in run.iterdir()} == names
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-00000003", "step-00000006"]
+    assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.*"))
+    assert [(m["step"], m["split"]) for m in read_metrics(run) if m["split"] == "validation"] == [
+        (3, "validation"),
+        (6, "validation"),
+    ]
+    assert len(train_losses(run)) == 6
+
+
+def test_a_finished_run_started_again_changes_nothing(run: Path, pretrain_words: Callable[..., list[str]]) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
+    assert main(pretrain_words(run)) == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_resume_from_an_earlier_checkpoint_gives_the_same_losses_and_weights(
+    run: Path, tmp_path: Path, pretrain_words: Callable[..., list[str]]
+) -> None:
+    earlier = run / "checkpoints" / "step-00000003"
+    assert main([*pretrain_words(tmp_path / "resumed"), "--resume", str(earlier)]) == 0
+    assert train_losses(tmp_path / "resumed") == train_losses(run)[3:]
+    weights, resumed = (read_weights(path / "checkpoints" / "step-00000006") for path in (run, tmp_path / "resumed"))
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_evaluate_repeats_the_run_s_own_held_out_loss(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run), "--max-rows", "5", "--out", str(tmp_path / "scores")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "scores" / "held_out.json").read_text())
+    recorded = [metrics for metrics in read_metrics(run) if metrics["split"] == "validation"][-1]
+    assert printed["num_targets"] == recorded["targets"]
+    assert printed["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
+    assert printed["shuffled_loss"] != printed["loss"]
+    assert 0 < printed["unigram_loss"] < printed["loss"]  # six steps beat nothing
+    assert evaluate_held_out(run, max_rows=5, batch_rows=2).loss == pytest.approx(printed["loss"], rel=1e-5)
+
+
+def test_the_export_in_a_fresh_process(run: Path, exported: Path, tmp_path: Path) -> None:
+    done = run_command([sys.executable, "-c", FRESH_PROCESS, str(exported), str(tmp_path / "out.safetensors")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "SpadeT5ForConditionalGeneration"
+    result = load_file(tmp_path / "out.safetensors")
+
+    model, own_tokenizer = load_model(run, SpadeT5ForConditionalGeneration), load_tokenizer_of(run)
+    texts = ["Return the <extra_id_0> of a JSON document.", "Log it."]
+    batch = own_tokenizer(texts, padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], result["input_ids"])
+    with torch.no_grad():
+        logits = model(**batch, decoder_input_ids=torch.tensor([[0, 5, 9], [0, 7, 8]])).logits
+    torch.testing.assert_close(result["logits"], logits, rtol=0, atol=1e-6 * float(logits.abs().max()))
+    assert torch.equal(result["greedy"], result["uncached"])
+    assert torch.equal(result["beam"], result["beam_uncached"])
+    assert all(result[name].shape == (2, 13) for name in ("greedy", "beam", "sampled"))
+    assert not torch.equal(result["sampled"], result["greedy"])
+
+
+def test_what_an_export_holds(exported: Path, run: Path) -> None:
+    listed = verify_folder(exported)["files"]
+    assert {path.name for path in exported.iterdir()} == {*listed, "manifest.json"}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(listed)
+    card = (exported / "README.md").read_text()
+    state = json.loads((run / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert f"input tokens seen: {state['tokens']:,}" in card
+    held_out = [metrics for metrics in read_metrics(run) if metrics["split"] == "validation"][-1]["loss"]
+    assert f"held-out loss: {held_out:.4f}" in card
+
+
+def test_export_of_an_earlier_step_in_shards(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    assert main(["export", str(run), "--step", "3", "--max-shard-size", "100KB", "--out", str(out)]) == 0
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert list(tmp_path.iterdir()) == [out]
+    exported, expected = (
+        load_model(path, SpadeT5ForConditionalGeneration).state_dict()
+        for path in (out, run / "checkpoints" / "step-00000003")
+    )
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+def test_generate_reads_lines_and_writes_as_many(
+    run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("Return the value.\nA logger.\nParse\n", encoding="utf-8")
+    outputs = []
+    for model in (run, exported):
+        words = ["--input", str(tmp_path / "in.txt"), "--max-new-tokens", "9", "--batch-size", "2"]
+        for options in ([], ["--num-beams", "2"], ["--sample", "--temperature", "2.0"]):
+            assert main(["generate", str(model), *words, *options]) == 0
+            outputs.append(capsys.readouterr().out)
+    assert all(len(output.split("\n")) == 4 for output in outputs)
+    assert outputs[:2] == outputs[3:5]
+
+
+def test_verify_finds_damage(
+    run: Path, exported: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    for source, file in ((checkpoint, "rank-00000.safetensors"), (exported, "model.safetensors"), (store, "shard-00000.train.arrow")):
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder)
+        assert main(["verify", str(folder)]) == 0
+        content = bytearray((folder / file).read_bytes())
+        content[-9] ^= 1
+        (folder / file).write_bytes(content)
+        assert main(["verify", str(folder)]) == 2
+        assert file in capsys.readouterr().err
+
+
+def test_sigterm_stops_at_a_step_boundary_and_the_resumed_run_equals_an_unbroken_one(
+    tmp_path: Path, pretrain_words: Callable[..., list[str]]
+) -> None:
+    stopped, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
+    dropout = "model.dropout_rate=0.1"
+    common = (dropout, "training.save_every_steps=null", "training.eval_every_steps=null", "training.schedule={name: constant}")
+    process = subprocess.Popen(
+        [*SPADE_T5, *pretrain_words(stopped, *common, "training.steps=100000")], stderr=subprocess.PIPE, text=True
+    )
+    metrics = stopped / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    step = len(train_losses(stopped))
+    assert err.splitlines()[-1] == f"spade-t5 pretrain: stopped at step {step} on request; start the same command again to go on"
+    assert list_checkpoints(stopped / "checkpoints") == [stopped / "checkpoints" / f"step-{step:08d}"]
+    for run_dir in (stopped, unbroken):
+        assert main(pretrain_words(run_dir, *common, f"training.steps={step + 2}")) == 0
+    assert train_losses(stopped) == train_losses(unbroken)
+    weights, expected = (read_weights(path / "checkpoints" / f"step-{step + 2:08d}") for path in (stopped, unbroken))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(
+    tmp_path: Path, pretrain_words: Callable[..., list[str]]
+) -> None:
+    words = pretrain_words(tmp_path / "run", "training.optimizer={name: sgd, learning_rate: 1.0e+30}", "training.save_every_steps=null")
+    done = run_command([*SPADE_T5, *words])
+    assert done.returncode == 1
+    assert re.search(r"FloatingPointError: the loss is nan at step \d; lower the learning rate", done.stderr)
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")

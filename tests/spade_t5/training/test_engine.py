@@ -1,0 +1,193 @@
+"""The engine on a very small model: what changes the loss, and what must not."""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spade_t5.checkpoint import list_checkpoints, read_weights
+from spade_t5.errors import StopRequestedError
+from spade_t5.training.data import Batch
+from spade_t5.training.engine import Trainer
+from spade_t5.training.optimizers import SGDConfig
+from spade_t5.training.reporting import read_metrics
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def train_metrics(run_dir: Path, key: str) -> list[float]:
+    return [metrics[key] for metrics in read_metrics(run_dir) if metrics["split"] == "train"]
+
+
+def last_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return read_weights(list_checkpoints(run_dir / "checkpoints")[-1])
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    """Bit for bit: losses, gradient norms and final weights."""
+    for key in ("loss", "grad_norm", "targets"):
+        losses = train_metrics(run_dir, key)
+        assert losses == train_metrics(other, key)[-len(losses) :]
+    weights, expected = last_weights(run_dir), last_weights(other)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("micro_batch_rows", [1, 2, 4])
+def test_loss_does_not_depend_on_accumulation(
+    micro_batch_rows: int, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Six rows as 6 x 1, 3 x 2, or 4 and 2 with two empty rows: the numbers of one batch of six."""
+    make_trainer(tmp_path / "whole", micro_batch_rows=6, clip_norm=0.5).fit()
+    make_trainer(tmp_path / "parts", micro_batch_rows=micro_batch_rows, clip_norm=0.5).fit()
+    assert train_metrics(tmp_path / "parts", "targets") == train_metrics(tmp_path / "whole", "targets")
+    assert train_metrics(tmp_path / "parts", "tokens") == [72, 144, 216, 288]
+    for key in ("loss", "grad_norm"):
+        assert train_metrics(tmp_path / "parts", key) == pytest.approx(train_metrics(tmp_path / "whole", key), rel=1e-5)
+    weights, expected = last_weights(tmp_path / "parts"), last_weights(tmp_path / "whole")
+    for name, tensor in expected.items():
+        assert (weights[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16_autocast"}, {"loader_workers": 1}], ids=str)
+def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(
+    settings: dict[str, Any], make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    options = {"dropout_rate": 0.1, "steps": 5, "save_every_steps": 2, "keep_checkpoints": 9, **settings}
+    make_trainer(tmp_path / "unbroken", **options).fit()
+    for step in (2, 4):
+        resumed = make_trainer(tmp_path / f"from-{step}", **options)
+        resumed.resume(tmp_path / "unbroken" / "checkpoints" / f"step-{step:08d}")
+        resumed.fit()
+        assert len(train_metrics(tmp_path / f"from-{step}", "loss")) == 5 - step
+        assert_same_run(tmp_path / f"from-{step}", tmp_path / "unbroken")
+    assert train_metrics(tmp_path / "from-2", "tokens") == train_metrics(tmp_path / "unbroken", "tokens")[2:]
+
+
+def test_dropout_differs_between_steps_and_micro_batches(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class OneRow:
+        num_rows = None
+
+        def collate(self, row_numbers: Sequence[int]) -> Batch:
+            return {"input_ids": torch.full((1, 12), 7), "labels": torch.full((1, 4), 9)}
+
+    still = SGDConfig(learning_rate=0.0)
+    losses = []
+    for seed in (0, 1):
+        options = {"optimizer": still, "global_batch_rows": 1, "micro_batch_rows": 1, "seed": seed}
+        make_trainer(tmp_path / f"{seed}", dropout_rate=0.3, train_rows=OneRow(), **options).fit()
+        losses += train_metrics(tmp_path / f"{seed}", "loss")
+    assert len(set(losses)) == 8
+
+
+def test_evaluation_is_the_loss_of_every_row_by_hand(
+    make_trainer: MakeTrainer, random_rows: Any, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path / "run", dropout_rate=0.5, micro_batch_rows=3)
+    loss, num_targets = trainer.evaluate()
+    model = trainer.backend.module.eval()
+    total, count = 0.0, 0
+    for row in range(7):
+        batch = random_rows(7).collate([row])
+        labels = batch["labels"][batch["labels"] != -100]
+        decoder_input_ids = torch.cat([torch.tensor([0]), labels[:-1]])[None]
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], decoder_input_ids=decoder_input_ids).logits[0]
+        total -= float(F.log_softmax(logits, dim=-1)[torch.arange(len(labels)), labels].sum())
+        count += len(labels)
+    assert num_targets == count
+    assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_metrics(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", eval_every_steps=3).fit()
+    metrics = read_metrics(tmp_path / "run")
+    assert [(m["split"], m["step"]) for m in metrics] == [
+        ("train", 1), ("train", 2), ("train", 3), ("validation", 3), ("train", 4), ("validation", 4),
+    ]  # fmt: skip
+    train, validation = metrics[0], metrics[3]
+    assert set(train) == {
+        "step", "split", "loss", "lr", "grad_norm", "targets", "tokens", "tokens_per_second", "seconds",
+    }  # fmt: skip
+    assert set(validation) == {"step", "split", "loss", "targets"}
+    assert train["tokens"] == 6 * 12
+    assert train["tokens_per_second"] == pytest.approx(72 / train["seconds"])
+    assert train["lr"] == 1e-2
+    assert "step 4/4: loss" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_sigterm_saves_at_the_next_step_boundary(make_trainer: MakeTrainer, random_rows: Any, tmp_path: Path) -> None:
+    class SignallingRows(random_rows):  # type: ignore[misc]
+        """Signals the process in the middle of preparing step 2."""
+
+        def collate(self, row_numbers: Sequence[int]) -> Batch:
+            if 8 in row_numbers:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().collate(row_numbers)
+
+    before = signal.getsignal(signal.SIGTERM)
+    make_trainer(tmp_path / "unbroken", dropout_rate=0.1).fit()
+    options = {"dropout_rate": 0.1, "train_rows": SignallingRows()}
+    with pytest.raises(StopRequestedError, match="stopped at step 2 on request"):
+        make_trainer(tmp_path / "run", **options).fit()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
+    assert len(train_metrics(tmp_path / "run", "loss")) == 2
+    resumed = make_trainer(tmp_path / "run", dropout_rate=0.1)
+    resumed.resume(tmp_path / "run" / "checkpoints" / "step-00000002")
+    resumed.fit()
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_bf16_autocast_keeps_fp32_weights(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainers = {name: make_trainer(tmp_path / name, precision=name) for name in ("fp32", "bf16_autocast")}
+    for trainer in trainers.values():
+        trainer.fit()
+    assert all(p.dtype == torch.float32 for p in trainers["bf16_autocast"].backend.module.parameters())
+    exact, rounded = (train_metrics(tmp_path / name, "loss") for name in trainers)
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=2e-2)
+
+
+def test_gradient_checkpointing_changes_nothing(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainers = [
+        make_trainer(tmp_path / str(value), dropout_rate=0.1, gradient_checkpointing=value) for value in (False, True)
+    ]
+    assert trainers[1].backend.module.is_gradient_checkpointing  # type: ignore[truthy-function]
+    for trainer in trainers:
+        trainer.fit()
+    for key in ("loss", "grad_norm"):
+        plain, recomputed = (train_metrics(tmp_path / name, key) for name in ("False", "True"))
+        assert recomputed == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    head = trainer.backend.module.get_input_embeddings().weight
+    with torch.no_grad():
+        head[3] = torch.nan
+    others = {name: p.clone() for name, p in trainer.backend.module.named_parameters() if p is not head}
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1; lower the learning rate"):
+        trainer.fit()
+    assert all(torch.equal(p, others[name]) for name, p in trainer.backend.module.named_parameters() if name in others)
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_learning_rates_follow_schedule_and_group(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", optimizer=SGDConfig(learning_rate=0.5), ssm_learning_rate=0.1)
+    trainer.backend.step(0.25)
+    assert {group["lr"] for group in trainer.backend.optimizer.param_groups} == {0.125}
+
+
+def test_only_what_trains_changes(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    before = {name: p.clone() for name, p in trainer.backend.module.named_parameters()}
+    trainer.fit()
+    changed = {name for name, p in trainer.backend.module.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in trainer.backend.module.named_parameters() if p.requires_grad}
+    assert any("global_mixer" in name for name in before.keys() - changed)
