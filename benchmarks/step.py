@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         "preset": options.preset,
         "dtype": "float32",
         "batch_rows": 1,
-        "attention": {name: model.config._attn_implementation for name, model in models.items()},
+        "attention": {name: getattr(model.config, "_attn_implementation", None) for name, model in models.items()},
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "comparisons": comparisons,
     }

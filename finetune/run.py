@@ -39,7 +39,7 @@ def finetune(config: FinetuneConfig, *, resume: str = "auto") -> Path:
     tokenizer = initial_tokenizer(config)
     model = initial_model(config, task, tokenizer)
     head_outputs = task.num_outputs if config.mode == "encoder-head" else None
-    if head_outputs is None:
+    if head_outputs is None and task.label_words:
         label_word_ids(task, tokenizer)  # a tokenizer that cannot tell the answers apart is refused before training
     train, held_out = (
         encode_examples(task, task.examples(split, limit), tokenizer, config.rows)

@@ -58,7 +58,7 @@ def positive_int(text: str) -> int:
 def _read(name: str, kind: str) -> ConfigDict:
     path = Path(name)
     shipped = files("spade_t5") / "configs" / kind
-    if not path.exists() and "/" not in name:
+    if not path.is_file() and "/" not in name:
         recipe: Any = shipped / f"{name.removesuffix('.yaml')}.yaml"
         if not recipe.is_file():
             known = ", ".join(sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir()))

@@ -1,9 +1,10 @@
 """The whole story in minutes: tokenizer, store, pretraining on two processes, resume, fine-tuning, scores, export, generation."""
 
 import argparse
+import sys
 from pathlib import Path
 
-from spade_t5.launch.demo import run_demo
+from spade_t5.launch.demo import DemoFailedError, run_demo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,4 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    run_demo(arguments.out, overrides=arguments.overrides)
+    try:
+        run_demo(arguments.out, overrides=arguments.overrides)
+    except DemoFailedError as error:
+        sys.exit(f"spade-t5 demo: {error}")

@@ -127,7 +127,7 @@ class DecoderStack(nn.Module):
             offset_bias = self.relative_attention_bias(self.bias_reach_tokens)
 
         x_BTD = self.dropout(self.embedding_norm(embeddings_BTD))
-        hidden_states: list[Tensor] = [x_BTD]
+        hidden_states = [x_BTD] if with_hidden_states else []
         attentions: list[Tensor] = []
         cross_attentions: list[Tensor] = []
         for layer in self.layers:
@@ -138,11 +138,11 @@ class DecoderStack(nn.Module):
                 x_BTD, weights, cross_weights = self._gradient_checkpointing_func(layer.__call__, *arguments)
             else:
                 x_BTD, weights, cross_weights = layer(*arguments)
-            hidden_states.append(x_BTD)
+            hidden_states += [x_BTD] if with_hidden_states else []
             attentions += [weights] if weights is not None else []
             cross_attentions += [cross_weights] if cross_weights is not None else []
         x_BTD = self.dropout(self.final_norm(x_BTD))
-        hidden_states[-1] = x_BTD
+        hidden_states[-1:] = [x_BTD] if with_hidden_states else []
         return StackOutput(
             x_BTD,
             tuple(hidden_states) if with_hidden_states else None,

@@ -154,7 +154,7 @@ class EncoderStack(nn.Module):
             offset_bias = self.relative_attention_bias(self.bias_reach_tokens)
 
         x_BLD = self.dropout(self.embedding_norm(embeddings_BLD))
-        hidden_states: list[Tensor] = [x_BLD]
+        hidden_states = [x_BLD] if with_hidden_states else []
         attentions: list[Tensor] = []
         for layer in self.layers:
             arguments = (x_BLD, offset_bias, segment_ids_BL, attention_segment_ids_BL, with_attentions)
@@ -162,10 +162,10 @@ class EncoderStack(nn.Module):
                 x_BLD, weights = self._gradient_checkpointing_func(layer.__call__, *arguments)
             else:
                 x_BLD, weights = layer(*arguments)
-            hidden_states.append(x_BLD)
+            hidden_states += [x_BLD] if with_hidden_states else []
             attentions += [weights] if weights is not None else []
         x_BLD = self.dropout(self.final_norm(x_BLD))
-        hidden_states[-1] = x_BLD
+        hidden_states[-1:] = [x_BLD] if with_hidden_states else []
         return StackOutput(
             x_BLD,
             tuple(hidden_states) if with_hidden_states else None,

@@ -7,6 +7,7 @@ switched off; its own checkpoints are not used (`spade_t5/checkpoint`), so this 
 
 import contextlib
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -84,6 +85,7 @@ def start_processes() -> None:
         if distributed.launched_world_size() > 1:
             dist.init_process_group(name)
         else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on
             dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())

@@ -67,7 +67,10 @@ PretrainWords = Callable[..., list[str]]
         ("objective.noise_density=1.5", "objective.noise_density: 1.5 must lie between 0 and 1"),
         ("objective.inputs_length=8192", "sentinels, the tokenizer has 40"),
         ("data.store=nowhere", "nowhere: not a token store"),
-        ("model.vocab_size=512", "model.vocab_size: 512 is too small for the tokenizer, whose largest id is 639; use 640"),
+        (
+            "model.vocab_size=512",
+            "model.vocab_size: 512 is too small for the tokenizer, whose largest id is 639; use 640",
+        ),
         ("steps", "argument 'steps': expected key=value"),
         ("training.steps=[1", "argument 'training.steps=[1': '[1' is not a YAML value"),
         ("training.deepspeed={zero_stage: 4}", "training.deepspeed.zero_stage: 4 is not one of 0, 1, 2, 3"),
@@ -101,7 +104,9 @@ def test_corpora(command: str, refused: Refused, tmp_path: Path, tokenizer: Path
         words.append(f"tokenizer={tokenizer}")
     missing = tmp_path / "missing.jsonl"
     assert f"{missing}: no such file" in refused([*words, f"corpus.paths=[{missing}]"])
-    assert "corpus.path: unknown config key; did you mean 'corpus.paths'?" in refused([*words, f"corpus.path={missing}"])
+    assert "corpus.path: unknown config key; did you mean 'corpus.paths'?" in refused(
+        [*words, f"corpus.path={missing}"]
+    )
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
     for name in ("empty", "blank"):
@@ -157,7 +162,11 @@ def test_a_label_outside_the_task(refused: Refused, tmp_path: Path, tokenizer: P
         "task": {
             "name": "text-classification",
             "labels": ["no", "yes"],
-            "source": {"name": "files", "train": str(tmp_path / "rows.jsonl"), "validation": str(tmp_path / "rows.jsonl")},
+            "source": {
+                "name": "files",
+                "train": str(tmp_path / "rows.jsonl"),
+                "validation": str(tmp_path / "rows.jsonl"),
+            },
         },
         "model": {"preset": "tiny"},
         "tokenizer": str(tokenizer),
@@ -186,8 +195,12 @@ def test_export_evaluate_generate_verify(
     assert "settings need --task" in refused(["evaluate", str(run), "evaluation.split=test"])
     assert "belongs to the held-out loss" in refused(["evaluate", str(exported), "--task", "rte", "--max-rows", "3"])
     folder = ["--task", "rte", "task.source={name: folder, path: nowhere}"]
-    assert "rowss: unknown config key; did you mean 'rows'?" in refused(["evaluate", str(run), *folder, "rowss.packing=true"])
-    assert "not found, neither plain nor .gz" in refused(["evaluate", str(run), *folder, "--out", str(tmp_path / "new")])
+    assert "rowss: unknown config key; did you mean 'rows'?" in refused(
+        ["evaluate", str(run), *folder, "rowss.packing=true"]
+    )
+    assert "not found, neither plain nor .gz" in refused(
+        ["evaluate", str(run), *folder, "--out", str(tmp_path / "new")]
+    )
     missing = str(tmp_path / "nowhere" / "model")
     (tmp_path / "in.txt").write_text("a line\n")
     assert f"{missing}: no such folder" in refused(["generate", missing, "--input", str(tmp_path / "in.txt")])
@@ -216,7 +229,10 @@ def test_resume(refused: Refused, tmp_path: Path, run: Path, pretrain_words: Pre
         ("training.seed=1", "training.seed: was 0 in the checkpoint, is 1 now"),
         ("training.global_batch_rows=8", "training.global_batch_rows: was 4 in the checkpoint, is 8 now"),
         ("objective.inputs_length=32", "objective.inputs_length: was 64 in the checkpoint, is 32 now"),
-        ("training.optimizer={name: sgd, learning_rate: 1.0}", "training.optimizer.name: was 'adamw' in the checkpoint, is 'sgd' now"),
+        (
+            "training.optimizer={name: sgd, learning_rate: 1.0}",
+            "training.optimizer.name: was 'adamw' in the checkpoint, is 'sgd' now",
+        ),
     ):
         assert line in refused([*words, change])
 

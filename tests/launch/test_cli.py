@@ -185,7 +185,11 @@ def test_verify_finds_damage(
 ) -> None:
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
-    for source, file in ((checkpoint, "rank-00000.safetensors"), (exported, "model.safetensors"), (store, "shard-00000.train.arrow")):
+    for source, file in (
+        (checkpoint, "rank-00000.safetensors"),
+        (exported, "model.safetensors"),
+        (store, "shard-00000.train.arrow"),
+    ):
         folder = tmp_path / source.name
         shutil.copytree(source, folder)
         assert main(["verify", str(folder)]) == 0
@@ -201,7 +205,12 @@ def test_sigterm_stops_at_a_step_boundary_and_the_resumed_run_equals_an_unbroken
 ) -> None:
     stopped, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
     dropout = "model.dropout_rate=0.1"
-    common = (dropout, "training.save_every_steps=null", "training.eval_every_steps=null", "training.schedule={name: constant}")
+    common = (
+        dropout,
+        "training.save_every_steps=null",
+        "training.eval_every_steps=null",
+        "training.schedule={name: constant}",
+    )
     process = subprocess.Popen(
         [*SPADE_T5, *pretrain_words(stopped, *common, "training.steps=100000")], stderr=subprocess.PIPE, text=True
     )
@@ -215,7 +224,10 @@ def test_sigterm_stops_at_a_step_boundary_and_the_resumed_run_equals_an_unbroken
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     step = len(train_losses(stopped))
-    assert err.splitlines()[-1] == f"spade-t5 pretrain: stopped at step {step} on request; start the same command again to go on"
+    assert (
+        err.splitlines()[-1]
+        == f"spade-t5 pretrain: stopped at step {step} on request; start the same command again to go on"
+    )
     assert list_checkpoints(stopped / "checkpoints") == [stopped / "checkpoints" / f"step-{step:08d}"]
     for run_dir in (stopped, unbroken):
         assert main(pretrain_words(run_dir, *common, f"training.steps={step + 2}")) == 0
@@ -227,7 +239,9 @@ def test_sigterm_stops_at_a_step_boundary_and_the_resumed_run_equals_an_unbroken
 def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(
     tmp_path: Path, pretrain_words: Callable[..., list[str]]
 ) -> None:
-    words = pretrain_words(tmp_path / "run", "training.optimizer={name: sgd, learning_rate: 1.0e+30}", "training.save_every_steps=null")
+    words = pretrain_words(
+        tmp_path / "run", "training.optimizer={name: sgd, learning_rate: 1.0e+30}", "training.save_every_steps=null"
+    )
     done = run_command([*SPADE_T5, *words])
     assert done.returncode == 1
     assert re.search(r"FloatingPointError: the loss is nan at step \d; lower the learning rate", done.stderr)

@@ -1,6 +1,6 @@
 """Rows of random tokens with targets of different lengths, and a very small model to train on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from spade_t5.training.objectives import Seq2SeqObjective
 from spade_t5.training.optimizers import AdamWConfig
 
 VOCAB_SIZE, INPUTS_LENGTH, TARGETS_LENGTH = 50, 12, 8
-SIZE = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1, "local_radius": 3}
+SIZE = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
 
 
 class RandomRows:
@@ -50,11 +50,13 @@ def random_rows() -> type[RandomRows]:
 
 @pytest.fixture
 def make_trainer() -> Callable[..., Trainer]:
-    """Makes a trainer of a fresh model; keyword arguments go over the settings of the engine."""
+    """Makes a trainer of a fresh model; `model` goes over the fields of the model, the rest over those of the engine."""
 
-    def make(run_dir: Path, *, dropout_rate: float = 0.0, train_rows: Any = None, **settings: Any) -> Trainer:
+    def make(
+        run_dir: Path, *, model: Mapping[str, Any] | None = None, train_rows: Any = None, **settings: Any
+    ) -> Trainer:
         run_dir.mkdir(exist_ok=True)
-        config = SpadeT5Config.from_preset("tiny", vocab_size=VOCAB_SIZE, dropout_rate=dropout_rate, **SIZE)
+        config = SpadeT5Config.from_preset("tiny", vocab_size=VOCAB_SIZE, **{**SIZE, **(model or {})})
         values: dict[str, Any] = {
             "steps": 4,
             "global_batch_rows": 6,

@@ -1,5 +1,6 @@
 """The engine on a very small model: what changes the loss, and what must not."""
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ from spade_t5.training.data import Batch
 from spade_t5.training.engine import Trainer
 from spade_t5.training.optimizers import SGDConfig
 from spade_t5.training.reporting import read_metrics
+from spade_t5.training.schedules import LinearSchedule
 
 MakeTrainer = Callable[..., Trainer]
+DROPOUT = {"dropout_rate": 0.1}
 
 
 def train_metrics(run_dir: Path, key: str) -> list[float]:
@@ -39,9 +42,7 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 2, 4])
-def test_loss_does_not_depend_on_accumulation(
-    micro_batch_rows: int, make_trainer: MakeTrainer, tmp_path: Path
-) -> None:
+def test_loss_does_not_depend_on_accumulation(micro_batch_rows: int, make_trainer: MakeTrainer, tmp_path: Path) -> None:
     """Six rows as 6 x 1, 3 x 2, or 4 and 2 with two empty rows: the numbers of one batch of six."""
     make_trainer(tmp_path / "whole", micro_batch_rows=6, clip_norm=0.5).fit()
     make_trainer(tmp_path / "parts", micro_batch_rows=micro_batch_rows, clip_norm=0.5).fit()
@@ -58,7 +59,7 @@ def test_loss_does_not_depend_on_accumulation(
 def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(
     settings: dict[str, Any], make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    options = {"dropout_rate": 0.1, "steps": 5, "save_every_steps": 2, "keep_checkpoints": 9, **settings}
+    options = {"model": DROPOUT, "steps": 5, "save_every_steps": 2, "keep_checkpoints": 9, **settings}
     make_trainer(tmp_path / "unbroken", **options).fit()
     for step in (2, 4):
         resumed = make_trainer(tmp_path / f"from-{step}", **options)
@@ -80,7 +81,7 @@ def test_dropout_differs_between_steps_and_micro_batches(make_trainer: MakeTrain
     losses = []
     for seed in (0, 1):
         options = {"optimizer": still, "global_batch_rows": 1, "micro_batch_rows": 1, "seed": seed}
-        make_trainer(tmp_path / f"{seed}", dropout_rate=0.3, train_rows=OneRow(), **options).fit()
+        make_trainer(tmp_path / f"{seed}", model={"dropout_rate": 0.3}, train_rows=OneRow(), **options).fit()
         losses += train_metrics(tmp_path / f"{seed}", "loss")
     assert len(set(losses)) == 8
 
@@ -88,7 +89,7 @@ def test_dropout_differs_between_steps_and_micro_batches(make_trainer: MakeTrain
 def test_evaluation_is_the_loss_of_every_row_by_hand(
     make_trainer: MakeTrainer, random_rows: Any, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(tmp_path / "run", dropout_rate=0.5, micro_batch_rows=3)
+    trainer = make_trainer(tmp_path / "run", model={"dropout_rate": 0.5}, micro_batch_rows=3)
     loss, num_targets = trainer.evaluate()
     model = trainer.backend.module.eval()
     total, count = 0.0, 0
@@ -104,7 +105,8 @@ def test_evaluation_is_the_loss_of_every_row_by_hand(
     assert loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_metrics(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_metrics(make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "spade_t5")
     make_trainer(tmp_path / "run", eval_every_steps=3).fit()
     metrics = read_metrics(tmp_path / "run")
     assert [(m["split"], m["step"]) for m in metrics] == [
@@ -131,14 +133,14 @@ def test_sigterm_saves_at_the_next_step_boundary(make_trainer: MakeTrainer, rand
             return super().collate(row_numbers)
 
     before = signal.getsignal(signal.SIGTERM)
-    make_trainer(tmp_path / "unbroken", dropout_rate=0.1).fit()
-    options = {"dropout_rate": 0.1, "train_rows": SignallingRows()}
+    make_trainer(tmp_path / "unbroken", model=DROPOUT).fit()
+    options = {"model": DROPOUT, "train_rows": SignallingRows()}
     with pytest.raises(StopRequestedError, match="stopped at step 2 on request"):
         make_trainer(tmp_path / "run", **options).fit()
     assert signal.getsignal(signal.SIGTERM) is before
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
     assert len(train_metrics(tmp_path / "run", "loss")) == 2
-    resumed = make_trainer(tmp_path / "run", dropout_rate=0.1)
+    resumed = make_trainer(tmp_path / "run", model=DROPOUT)
     resumed.resume(tmp_path / "run" / "checkpoints" / "step-00000002")
     resumed.fit()
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
@@ -156,9 +158,9 @@ def test_bf16_autocast_keeps_fp32_weights(make_trainer: MakeTrainer, tmp_path: P
 
 def test_gradient_checkpointing_changes_nothing(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainers = [
-        make_trainer(tmp_path / str(value), dropout_rate=0.1, gradient_checkpointing=value) for value in (False, True)
+        make_trainer(tmp_path / str(value), model=DROPOUT, gradient_checkpointing=value) for value in (False, True)
     ]
-    assert trainers[1].backend.module.is_gradient_checkpointing  # type: ignore[truthy-function]
+    assert any(getattr(part, "gradient_checkpointing", False) for part in trainers[1].backend.module.modules())
     for trainer in trainers:
         trainer.fit()
     for key in ("loss", "grad_norm"):
@@ -179,9 +181,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(make_trainer: MakeTra
 
 
 def test_learning_rates_follow_schedule_and_group(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "run", optimizer=SGDConfig(learning_rate=0.5), ssm_learning_rate=0.1)
-    trainer.backend.step(0.25)
-    assert {group["lr"] for group in trainer.backend.optimizer.param_groups} == {0.125}
+    options = {"optimizer": SGDConfig(learning_rate=0.5), "schedule": LinearSchedule(final_factor=0.25)}
+    trainer = make_trainer(tmp_path / "run", model={"ssm_training": "full"}, ssm_learning_rate=0.1, **options)
+    trainer.fit()
+    rates = [group["lr"] for group in trainer.backend.optimizer.param_groups]
+    assert rates == [0.125, 0.125, pytest.approx(0.025)]
+    assert train_metrics(tmp_path / "run", "lr") == pytest.approx([0.5 * (1 - 0.75 * s / 4) for s in (1, 2, 3, 4)])
 
 
 def test_only_what_trains_changes(make_trainer: MakeTrainer, tmp_path: Path) -> None:
