@@ -21,6 +21,8 @@ SETTINGS = [
     "training.save_every_steps=3",
     "training.eval_every_steps=3",
     "training.deepspeed=null",
+    "training.optimizer={name: adamw, learning_rate: 4.0e-3}",
+    "training.schedule={name: linear, warmup_steps: 3}",
 ]
 
 

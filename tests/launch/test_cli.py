@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from spade_t5.checkpoint import latest_checkpoint, list_checkpoints, read_weights, verify_folder
+from spade_t5.config import dump_yaml
 from spade_t5.hf.loading import load_model, load_tokenizer_of
 from spade_t5.hf.tokenizer import model_vocab_size, tokenizer_hash
 from spade_t5.launch.cli import COMMANDS, main
@@ -178,6 +179,53 @@ def test_generate_reads_lines_and_writes_as_many(
             outputs.append(capsys.readouterr().out)
     assert all(len(output.split("\n")) == 4 for output in outputs)
     assert outputs[:2] == outputs[3:5]
+
+
+@pytest.fixture(scope="module")
+def finetuned(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, fine-tuned with dropout for two steps to tell long rows from short ones."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    rows = [{"text": "a logger " * (1 + i % 2 * 4), "label": "long" if i % 2 else "short"} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({**row, "id": i}) + "\n" for i, row in enumerate(rows)))
+    files = {"name": "files", "train": str(folder / "rows.jsonl"), "validation": str(folder / "rows.jsonl")}
+    config = {
+        "run_dir": str(folder / "run"),
+        "task": {"name": "text-classification", "labels": ["short", "long"], "source": files},
+        "model": {"init_from": str(run)},
+        "dropout_rate": 0.3,
+        "training": {"steps": 2, "global_batch_rows": 4, "micro_batch_rows": 4},
+    }
+    (folder / "config.yaml").write_text(dump_yaml(config))
+    assert main(["finetune", str(folder / "config.yaml")]) == 0
+    return folder / "run"
+
+
+def test_evaluate_a_fine_tuned_run_with_its_own_settings(
+    finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(finetuned), "--out", str(tmp_path)]) == 0
+    scores = json.loads((finetuned / "scores.json").read_text())
+    assert json.loads(capsys.readouterr().out) == scores
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    predictions = "predictions/text-classification-validation.jsonl"
+    assert (tmp_path / predictions).read_text() == (finetuned / predictions).read_text()
+    assert main(["evaluate", str(finetuned), "evaluation.max_examples=6"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_examples"] == 6
+
+
+def test_a_run_trained_with_dropout_generates_without(
+    finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not load_model(finetuned, SpadeT5ForConditionalGeneration).training
+    (tmp_path / "in.txt").write_text("classify text: a logger\n" * 3, encoding="utf-8")
+    outputs = []
+    for model in (finetuned, finetuned / "model"):
+        capsys.readouterr()
+        assert main(["generate", str(model), "--input", str(tmp_path / "in.txt"), "--max-new-tokens", "8"]) == 0
+        outputs.append(capsys.readouterr().out.splitlines())
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[0])) == 1
 
 
 def test_verify_finds_damage(

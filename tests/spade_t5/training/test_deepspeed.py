@@ -5,7 +5,7 @@ Two processes on the CPU each, also where GPUs are present.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ SETTINGS = [
     "training.steps=3",
     "training.global_batch_rows=5",
     "training.micro_batch_rows=1",
+    "training.optimizer={name: adamw, learning_rate: 4.0e-3, epsilon: 1.0e-6}",
     "training.schedule={name: constant}",
 ]
 
@@ -101,6 +102,14 @@ def test_a_group_of_another_size_than_launched_is_refused(monkeypatch: pytest.Mo
             distributed.check_world_size()
     finally:
         distributed.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_cpu() -> Iterator[None]:
+    """Keeps this process on the CPU too: its losses are compared with those of two ranks there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_fixed_settings_are_refused_with_old_and_new_value_and_others_announced(
     assert caplog.messages == ["training.steps: was 3 in the checkpoint, is 9 now"]
     before = (run_dir / "config.yaml").read_bytes()
     changed["training"] = {"seed": 5, "steps": 9}
-    with pytest.raises(ConfigError, match="training.seed: was 0 in the checkpoint, is 5 now; a resumed run cannot"):
+    with pytest.raises(ConfigError, match=r"training\.seed: was 0 in the checkpoint, is 5 now; a resumed run cannot"):
         open_run_folder(run_dir, changed, run_dir / "checkpoints" / "step-00000001")
     assert (run_dir / "config.yaml").read_bytes() == before
 
