@@ -3,5 +3,9 @@
 import sys
 
 from spade_t5.launch.cli import main
+from spade_t5.training import distributed
 
-sys.exit(main())
+code = main()
+if distributed.launched_world_size() > 1:
+    distributed.end_process(code)
+sys.exit(code)

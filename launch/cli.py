@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -30,11 +31,23 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 
 
+class OneLineErrorParser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, like every other mistake of a user."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with exit code 2."""
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {message}; {self.prog} --help shows what is known\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; a fault of the program leaves as an exception (exit code 1)."""
-    parser = argparse.ArgumentParser(prog="spade-t5", description="Pretrain, fine-tune, evaluate and export SPADE-T5.")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="; ".join(f"{k}: {v}" for k, v in COMMANDS.items()))
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command; COMMAND --help shows them")
+    parser = OneLineErrorParser(prog="spade-t5", description="Pretrain, fine-tune, evaluate and export SPADE-T5.")
+    parser.add_argument(
+        "command", choices=COMMANDS, metavar="COMMAND", help="; ".join(f"{k}: {v}" for k, v in COMMANDS.items())
+    )
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="arguments of the command; COMMAND --help shows them"
+    )
     words = parser.parse_args(argv)
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -42,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and warn of its guess
     module = importlib.import_module(f"spade_t5.launch.commands.{words.command}")
-    command_parser = argparse.ArgumentParser(prog=f"spade-t5 {words.command}", description=module.__doc__)
+    command_parser = OneLineErrorParser(prog=f"spade-t5 {words.command}", description=module.__doc__)
     module.add_arguments(command_parser)
     try:
         module.run(command_parser.parse_intermixed_args(words.arguments))

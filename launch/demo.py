@@ -114,7 +114,11 @@ def _show_table(out: Path, seconds: dict[str, float], console: Console) -> None:
     train = [m for m in read_metrics(out / "pretrain") if m["split"] == "train"]
     held_out = json.loads((out / "pretrain" / "held_out.json").read_text(encoding="utf-8"))
     table = Table("what", "value", "compared with", title="SPADE-T5 demo")
-    table.add_row("training loss, first step -> last", f"{train[0]['loss']:.3f} -> {train[-1]['loss']:.3f}", "nats per target token")
+    table.add_row(
+        "training loss, first step -> last",
+        f"{train[0]['loss']:.3f} -> {train[-1]['loss']:.3f}",
+        "nats per target token",
+    )
     table.add_row(
         "held-out loss",
         f"{held_out['loss']:.3f}",
@@ -122,11 +126,15 @@ def _show_table(out: Path, seconds: dict[str, float], console: Console) -> None:
     )
     table.add_row("resumed losses", *_resumed_losses(out))
     speeds = sorted(m["tokens_per_second"] for m in train)
-    table.add_row("pretraining speed, median", f"{speeds[len(speeds) // 2]:,.0f} tokens/s", "input tokens, all processes")
+    table.add_row(
+        "pretraining speed, median", f"{speeds[len(speeds) // 2]:,.0f} tokens/s", "input tokens, all processes"
+    )
     for task in ("topic", "summary"):
         scores = json.loads((out / task / "scores.json").read_text(encoding="utf-8"))
         baseline = scores["baseline"]
-        table.add_row(scores["task"], _metrics(scores["metrics"]), f"{baseline['rule']}: {_metrics(baseline['metrics'])}")
+        table.add_row(
+            scores["task"], _metrics(scores["metrics"]), f"{baseline['rule']}: {_metrics(baseline['metrics'])}"
+        )
     for name, path in (
         ("run folder, loss curve", out / "pretrain" / "plots" / "loss.png"),
         ("TensorBoard", out / "pretrain" / "tensorboard"),
@@ -142,7 +150,8 @@ def _show_table(out: Path, seconds: dict[str, float], console: Console) -> None:
 def _resumed_losses(out: Path) -> tuple[str, str]:
     """Whether the resumed run met the losses of the unbroken one, from the two metrics files."""
     unbroken, resumed = (
-        {m["step"]: m["loss"] for m in read_metrics(out / name) if m["split"] == "train"} for name in ("pretrain", "resumed")
+        {m["step"]: m["loss"] for m in read_metrics(out / name) if m["split"] == "train"}
+        for name in ("pretrain", "resumed")
     )
     worst = max(abs(loss - unbroken[step]) for step, loss in resumed.items())
     verdict = "equal" if worst == 0 else f"differ by at most {worst:.1e}"

@@ -51,7 +51,11 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> ConfigDict:
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name", old.get("name")) == old.get("name"):
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("name", old.get("name")) == old.get("name")
+        ):
             result[key] = merge(old, value)
         else:
             result[key] = value
@@ -104,12 +108,12 @@ def from_mapping(cls: type[T], mapping: Any, path: str = "") -> T:
     missing = [
         name
         for name, field in fields.items()
-        if name not in mapping
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in mapping and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{prefix}{missing[0]}: required and not given; set it in the config file or as {prefix}{missing[0]}=...")
+        raise ConfigError(
+            f"{prefix}{missing[0]}: required and not given; set it in the config file or as {prefix}{missing[0]}=..."
+        )
     values = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in mapping.items()}
     try:
         return cls(**values)
@@ -161,7 +165,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
     options = tuple(option for option in options if option is not type(None))
     if len(options) == 1:
         return _convert(options[0], value, path)
-    variants: dict[str, Any] = {option.name: option for option in options if dataclasses.is_dataclass(option)}
+    variants = {_variant_name(option): option for option in options if dataclasses.is_dataclass(option)}
     if variants:
         name = value.get("name") if isinstance(value, Mapping) else None
         if name not in variants:
@@ -174,6 +178,10 @@ def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
             continue
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise ConfigError(f"{path}: {value!r} is a {type(value).__name__}, expected {names}")
+
+
+def _variant_name(variant: Any) -> str:
+    return variant.name
 
 
 def _field_names(cls: type) -> set[str]:

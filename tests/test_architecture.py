@@ -113,7 +113,14 @@ def test_only_the_launcher_and_named_files_read_the_environment() -> None:
 
 
 def test_nothing_unpickles_or_runs_remote_code() -> None:
-    forbidden = ("torch.load(", "pickle.load", "trust_remote_code=True", "yaml.load(", "shell=True", "allow_pickle=True")
+    forbidden = (
+        "torch.load(",
+        "pickle.load",
+        "trust_remote_code=True",
+        "yaml.load(",
+        "shell=True",
+        "allow_pickle=True",
+    )
     wrong = [
         f"{path.relative_to(ROOT)}: {word}"
         for floor in FLOORS

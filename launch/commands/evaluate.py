@@ -25,13 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", help="run folder, checkpoint, exported folder, or name on the hub")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings under task., rows. and evaluation.")
-    parser.add_argument("--task", choices=sorted(TASKS), help="task to score; default: the one of a fine-tuning run, held-out loss of a pretraining run")
+    parser.add_argument(
+        "--task",
+        choices=sorted(TASKS),
+        help="task to score; default: the one of a fine-tuning run, held-out loss of a pretraining run",
+    )
     parser.add_argument("--out", type=Path, help="folder for predictions/ and scores.json, or for held_out.json")
     parser.add_argument("--max-rows", type=positive_int, help="held-out loss: rows scored (default: all)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
+    distributed.join()
     if arguments.task is None and _is_pretraining_run(Path(arguments.model)):
         if arguments.settings:
             raise ConfigError(f"argument {arguments.settings[0]!r}: settings need --task")

@@ -11,8 +11,17 @@ from spade_t5.training import distributed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("config", help="YAML file, or the name of a shipped recipe (configs/finetune)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings put over the file, such as model.init_from=runs/pretrain")
-    parser.add_argument("--resume", default="auto", help="auto (default): go on from the newest checkpoint in run_dir; none: start anew; or a path")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings put over the file, such as model.init_from=runs/pretrain",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        help="auto (default): go on from the newest checkpoint in run_dir; none: start anew; or a path",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

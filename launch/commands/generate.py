@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", help="exported folder, run folder, checkpoint, or name on the hub")
     parser.add_argument("--input", type=Path, help="file with one input a line (default: standard input)")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=128, help="longest output, in tokens (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=128, help="longest output, in tokens (default: %(default)s)"
+    )
     parser.add_argument("--num-beams", type=positive_int, default=1, help="beams; 1 is greedy (default: %(default)s)")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: %(default)s)")

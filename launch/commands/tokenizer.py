@@ -12,7 +12,9 @@ from spade_t5.pretrain.tokenizer import TokenizerConfig, train_tokenizer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_settings(parser, TokenizerConfig)
-    parser.add_argument("--strict", action="store_true", help="stop at the first bad row instead of skipping and counting it")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first bad row instead of skipping and counting it"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -114,7 +114,9 @@ def load_checkpoint(path: Path, backend: Backend) -> dict[str, Any]:
     names = {name for name, p in backend.module.named_parameters() if p.requires_grad}
     if names != set(index[WEIGHT]):
         odd = sorted(names.symmetric_difference(index[WEIGHT]))[0]
-        raise DataError(f"{path}: its trained parameters are not the model's (such as {odd}); use the configuration it was trained with")
+        raise DataError(
+            f"{path}: its trained parameters are not the model's (such as {odd}); use the configuration it was trained with"
+        )
     reader = _SliceReader(path)
     for fragment in backend.fragments():
         _load_fragment(fragment, backend.optimizer, state, reader)
@@ -165,7 +167,9 @@ def load_weights_into(module: nn.Module, path: Path) -> None:
     for name, tensor in unique_state(module):
         if name in weights:
             if weights[name].shape != tensor.shape:
-                raise DataError(f"{path}: {name} has shape {tuple(weights[name].shape)}, the model needs {tuple(tensor.shape)}")
+                raise DataError(
+                    f"{path}: {name} has shape {tuple(weights[name].shape)}, the model needs {tuple(tensor.shape)}"
+                )
             tensor.copy_(weights[name])
             taken += 1
     if not taken:
@@ -276,7 +280,9 @@ def _finish(folder: Path, parts: list[Any], step: int, facts: dict[str, Any]) ->
     write_manifest(folder, entries, kind="checkpoint", step=step)
 
 
-def _load_fragment(fragment: Fragment, optimizer: torch.optim.Optimizer, state: dict[str, Any], reader: _SliceReader) -> None:
+def _load_fragment(
+    fragment: Fragment, optimizer: torch.optim.Optimizer, state: dict[str, Any], reader: _SliceReader
+) -> None:
     """Fills the fragment's place in the optimizer's tensors, making those that a fresh optimizer does not have yet."""
     values = optimizer.state[fragment.flat]
     for key, names in state["index"].items():

@@ -67,7 +67,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         own_hash = content.pop("sha256")
         names = list(content["files"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise DataError(f"{path}: missing or unreadable; the folder was not written completely, use another one") from None
+        raise DataError(
+            f"{path}: missing or unreadable; the folder was not written completely, use another one"
+        ) from None
     if own_hash != _own_hash(content):
         raise DataError(f"{path}: its content does not match its own hash; the folder is damaged, use another one")
     for name in names:
@@ -86,7 +88,9 @@ def check_file(folder: Path, name: str, entry: dict[str, Any]) -> None:
     if path.is_symlink() or not path.is_file():
         raise DataError(f"{path}: missing or not a plain file; the folder is damaged, use another one")
     if path.stat().st_size != entry["bytes"]:
-        raise DataError(f"{path}: {path.stat().st_size} bytes, expected {entry['bytes']}; the folder is damaged, use another one")
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes, expected {entry['bytes']}; the folder is damaged, use another one"
+        )
     if file_sha256(path) != entry["sha256"]:
         raise DataError(f"{path}: sha256 differs from the manifest; the folder is damaged, use another one")
 

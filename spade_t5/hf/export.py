@@ -102,7 +102,9 @@ def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str
     if (run_dir / METRICS_FILE).is_file():
         held_out = [m for m in read_metrics(run_dir) if m["split"] == "validation" and m["step"] <= state["step"]]
         if held_out:
-            lines.append(f"- held-out loss: {held_out[-1]['loss']:.4f} nats per target at step {held_out[-1]['step']:,}")
+            lines.append(
+                f"- held-out loss: {held_out[-1]['loss']:.4f} nats per target at step {held_out[-1]['step']:,}"
+            )
     if (run_dir / SCORES_FILE).is_file():
         scores = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
         lines += ["", "## Scores", "", "```json", json.dumps(scores, indent=1), "```"]
@@ -110,4 +112,8 @@ def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str
 
 
 def _auto_class(model_class: str) -> str:
-    return "AutoModelForSeq2SeqLM" if model_class == "SpadeT5ForConditionalGeneration" else "AutoModelForSequenceClassification"
+    return (
+        "AutoModelForSeq2SeqLM"
+        if model_class == "SpadeT5ForConditionalGeneration"
+        else "AutoModelForSequenceClassification"
+    )

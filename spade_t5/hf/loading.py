@@ -48,7 +48,9 @@ def resolve_model_config(model: dict[str, Any], vocab_size: int) -> SpadeT5Confi
     values = dict(model)
     preset, init_from = values.pop("preset", None), values.pop("init_from", None)
     if (preset is None) == (init_from is None):
-        raise ConfigError("model: give either preset, the size to start from scratch, or init_from, the model to continue")
+        raise ConfigError(
+            "model: give either preset, the size to start from scratch, or init_from, the model to continue"
+        )
     if init_from is not None:
         if values:
             raise ConfigError(f"model.{next(iter(values))}: cannot be changed together with init_from; remove it")

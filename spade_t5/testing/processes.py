@@ -17,7 +17,11 @@ def free_port() -> int:
 
 
 def run_command(
-    command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_seconds: float = 300
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_seconds: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command in its own process group and returns its exit code and output; the group is killed when time is up."""
     process = subprocess.Popen(
@@ -34,7 +38,9 @@ def run_command(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"{' '.join(command)} ran past {timeout_seconds} s\n{out[-4000:]}\n{err[-4000:]}") from None
+        raise AssertionError(
+            f"{' '.join(command)} ran past {timeout_seconds} s\n{out[-4000:]}\n{err[-4000:]}"
+        ) from None
     return subprocess.CompletedProcess(list(command), process.returncode, out, err)
 
 

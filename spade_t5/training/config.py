@@ -78,6 +78,8 @@ class TrainingConfig:
         if self.loader_workers < 0:
             raise ValueError(f"loader_workers: {self.loader_workers} must not be negative")
         if self.precision == "bf16" and (self.deepspeed is None or self.deepspeed.zero_stage == 0):
-            raise ValueError("precision: bf16 keeps fp32 master weights in DeepSpeed's ZeRO 1-3; set deepspeed or use bf16_autocast")
+            raise ValueError(
+                "precision: bf16 keeps fp32 master weights in DeepSpeed's ZeRO 1-3; set deepspeed or use bf16_autocast"
+            )
         if self.deepspeed is not None:
             check_zero_stage(self.optimizer, self.deepspeed.zero_stage)

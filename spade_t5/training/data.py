@@ -59,7 +59,9 @@ class _MicroBatches(Dataset[Batch]):
 class _StepRows(Sequence[list[int]]):
     """Row numbers of all micro-batches from one step to another, computed when asked for."""
 
-    def __init__(self, first_step: int, last_step: int, *, batch_rows: int, rank: int, world_size: int, micro: int) -> None:
+    def __init__(
+        self, first_step: int, last_step: int, *, batch_rows: int, rank: int, world_size: int, micro: int
+    ) -> None:
         self.first_step, self.last_step, self.batch_rows = first_step, last_step, batch_rows
         self.rank, self.world_size, self.micro = rank, world_size, micro
         self.per_step = len(self._rows(first_step))
@@ -98,9 +100,7 @@ def training_batches(
         yield [next(loader) for _ in range(rows.per_step)]
 
 
-def evaluation_batches(
-    source: RowSource, *, micro_batch_rows: int, rank: int, world_size: int
-) -> Iterator[Batch]:
+def evaluation_batches(source: RowSource, *, micro_batch_rows: int, rank: int, world_size: int) -> Iterator[Batch]:
     """One rank's share of every row of a finite source, the same number of batches on each rank."""
     assert source.num_rows is not None, "evaluation needs a finite source"
     rows = rank_rows(0, source.num_rows, rank=rank, world_size=world_size, micro_batch_rows=micro_batch_rows)

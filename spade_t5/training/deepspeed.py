@@ -80,13 +80,10 @@ def start_processes() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    distributed.join()
     if not dist.is_initialized():
-        name = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if distributed.launched_world_size() > 1:
-            dist.init_process_group(name)
-        else:
-            os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on
-            dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on
+        dist.init_process_group(distributed.backend_name(), store=dist.HashStore(), rank=0, world_size=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
@@ -170,7 +167,9 @@ class DeepSpeedBackend:
                 hp, lp = mapping.hp_fragment_address, mapping.lp_fragment_address
                 flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
                 result.append(
-                    Fragment(name=name, offset=lp.start, numel=hp.numel, param_numel=p.numel(), flat=flat, start=hp.start)
+                    Fragment(
+                        name=name, offset=lp.start, numel=hp.numel, param_numel=p.numel(), flat=flat, start=hp.start
+                    )
                 )
         return result
 
@@ -221,4 +220,6 @@ class DeepSpeedBackend:
         total = sum(float(tensor.detach().double().sum()) for _, tensor in unique_state(self.module))
         totals = distributed.gather_objects(total)
         if any(other != totals[0] for other in totals):
-            raise RuntimeError(f"ranks start from different weights (sums {totals}); build the model with the same seed on each")
+            raise RuntimeError(
+                f"ranks start from different weights (sums {totals}); build the model with the same seed on each"
+            )

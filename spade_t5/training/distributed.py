@@ -5,9 +5,11 @@ works in one process without a process group.
 """
 
 import ctypes
+import gc
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,7 +89,30 @@ def check_world_size() -> None:
         )
 
 
+def join() -> None:
+    """Joins the process group that the launcher started, if it started several processes and none is joined yet."""
+    if launched_world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group(backend_name())
+
+
+def backend_name() -> str:
+    """Collectives of this machine: NCCL beside gloo where there are GPUs."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 def shutdown() -> None:
     """Leaves the process group; without it gloo's threads may abort the process at its end."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # engines hold further groups in reference cycles
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends a rank at once, its work being done and its output written.
+
+    At the interpreter's own shutdown, threads of gloo groups that something still refers to abort the process now and then
+    ("terminate called without an active exception"), and the launcher takes that for a failure.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -83,7 +83,7 @@ class Trainer:
 
         Raises:
             StopRequestedError: a signal asked to stop; a checkpoint was saved.
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss or the gradient is not finite.
         """
         if self._step >= self.config.steps:
             logger.info("nothing to do: the run finished at step %d", self._step)
@@ -146,7 +146,9 @@ class Trainer:
             if is_last or is_stopping or _is_due(self._step, config.save_every_steps):
                 self._save()
             if is_stopping and not is_last:
-                raise StopRequestedError(f"stopped at step {self._step} on request; start the same command again to go on")
+                raise StopRequestedError(
+                    f"stopped at step {self._step} on request; start the same command again to go on"
+                )
             started = time.monotonic()
 
     def _train_step(self, micro_batches: list[Batch], reporter: Reporter | None, started: float) -> bool:
@@ -171,9 +173,15 @@ class Trainer:
         (loss_sum,) = distributed.all_reduce_sum([own_loss])
         mean_loss = loss_sum / max(targets, 1)
         if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"the loss is {mean_loss} at step {step}; lower the learning rate or resume from an earlier checkpoint")
+            raise FloatingPointError(
+                f"the loss is {mean_loss} at step {step}; lower the learning rate or resume from an earlier checkpoint"
+            )
         factor = self.config.schedule.factor(step, self.config.steps)
         grad_norm = self.backend.step(factor)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient norm is {grad_norm} at step {step}; lower the learning rate or resume from an earlier checkpoint"
+            )
         self._step, self._tokens = step, self._tokens + int(tokens)
         if reporter is not None:
             seconds = time.monotonic() - started

@@ -49,7 +49,9 @@ class Reporter:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Closes the files."""
         self._progress.stop()
         self._metrics.close()
@@ -75,7 +77,9 @@ class Reporter:
         self._progress.update(self._task, completed=step, description=text)
         if step % self._log_every_steps == 0 or step == self._num_steps:
             seconds = (time.monotonic() - self._started) / (step - self._first_step + 1) * (self._num_steps - step)
-            logger.info("step %d/%d: %s, lr %.3g, ETA %s", step, self._num_steps, text, metrics["lr"], _duration(seconds))
+            logger.info(
+                "step %d/%d: %s, lr %.3g, ETA %s", step, self._num_steps, text, metrics["lr"], _duration(seconds)
+            )
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """Records an evaluation."""

@@ -45,7 +45,9 @@ def find_resume_point(run_dir: Path, resume: str) -> Path | None:
     own = run_dir / "checkpoints"
     if resume == "none":
         if list_checkpoints(own):
-            raise ConfigError(f"run_dir: {run_dir} already holds checkpoints; use another run_dir, or --resume auto to go on with them")
+            raise ConfigError(
+                f"run_dir: {run_dir} already holds checkpoints; use another run_dir, or --resume auto to go on with them"
+            )
         return None
     if resume == "auto":
         return latest_checkpoint(own)
@@ -71,7 +73,9 @@ def open_run_folder(run_dir: Path, config: ConfigDict, resume_from: Path | None)
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             (run_dir / CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder") from None
+            raise ConfigError(
+                f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder"
+            ) from None
     distributed.barrier()
 
 

@@ -79,7 +79,9 @@ def single(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_equal_runs(run: Path, reference: Path) -> None:
     """Gradient norms to 1e-5, and every tensor of every step to 1e-5 of its norm."""
-    norms, expected_norms = ([m["grad_norm"] for m in read_metrics(path) if m["split"] == "train"] for path in (run, reference))
+    norms, expected_norms = (
+        [m["grad_norm"] for m in read_metrics(path) if m["split"] == "train"] for path in (run, reference)
+    )
     assert len(norms) == STEPS
     assert norms == pytest.approx(expected_norms, rel=1e-5)
     checkpoints = list_checkpoints(run / "checkpoints")

@@ -11,3 +11,4 @@ if __name__ == "__main__":
     for path in sys.argv[1:]:
         pretrain(from_mapping(PretrainConfig, read_yaml(Path(path))))
     distributed.shutdown()
+    distributed.end_process(0)

@@ -71,3 +71,4 @@ if __name__ == "__main__":
         if distributed.is_main():
             print(json.dumps(result), flush=True)
     distributed.shutdown()
+    distributed.end_process(0)

@@ -63,7 +63,11 @@ def test_parameter_groups() -> None:
     model.ssm = nn.Parameter(torch.zeros(2, 2, 2))
     model.ssm._is_ssm = True
     groups = parameter_groups(model, learning_rate=1e-2, weight_decay=0.1, ssm_learning_rate=1e-3)
-    assert [[id(p) for p in group["params"]] for group in groups] == [[id(model.matrix)], [id(model.norm)], [id(model.ssm)]]
+    assert [[id(p) for p in group["params"]] for group in groups] == [
+        [id(model.matrix)],
+        [id(model.norm)],
+        [id(model.ssm)],
+    ]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
     assert [group["lr_scale"] for group in groups] == [1.0, 1.0, pytest.approx(0.1)]
 
