@@ -10,8 +10,6 @@ OMP_NUM_THREADS to choose the threads.
 import argparse
 import gc
 import multiprocessing
-import os
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -65,12 +63,17 @@ def _peak_bytes_here(preset: str, length: int, threads: int) -> int:
     torch.set_num_threads(threads)
     encoder = build_encoder(preset)
     timed_step(encoder, 64)
-    # The kernel of the state-space model is made once and kept: it belongs to the model, not to the step.
-    with torch.no_grad():
-        encoder(torch.zeros(1, length, dtype=torch.int64))
-    resident_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    resident_bytes = _memory_bytes("VmRSS")
     timed_step(encoder, length)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident_bytes
+    return _memory_bytes("VmHWM") - resident_bytes
+
+
+def _memory_bytes(field: str) -> int:
+    """An entry of the process's status. (getrusage would report the peak of the parent process too.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory can be measured on Linux only")
 
 
 def main(arguments: list[str] | None = None) -> None:

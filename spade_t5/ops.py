@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spade_t5.errors import ConfigError
 from spade_t5.kernels import gated_gelu as _gated_gelu
+from spade_t5.kernels import linear as _linear
 from spade_t5.kernels import local_attention as _local_attention
 from spade_t5.kernels import rms_norm as _rms_norm
 from spade_t5.kernels import ssm_conv as _ssm_conv
@@ -24,6 +25,7 @@ __all__ = [
     "backend_in_use",
     "gated_gelu",
     "kernel_spectrum",
+    "linear",
     "local_attention",
     "local_attention_probabilities",
     "rms_norm",
@@ -110,3 +112,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
 def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     """GELU of one half gates the other: `spade_t5.kernels.gated_gelu.gated_gelu`."""
     return _gated_gelu.gated_gelu(a, b, backend=backend_in_use(backend))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Linear map, float32 on a CPU by oneDNN: `spade_t5.kernels.linear.linear`."""
+    return _linear.linear(x, weight, bias, backend=backend_in_use(backend))

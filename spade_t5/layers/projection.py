@@ -1,7 +1,9 @@
 """Linear map that knows the spread of its initial weights."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from spade_t5.ops import linear
 
 
 class Projection(nn.Linear):
@@ -21,3 +23,7 @@ class Projection(nn.Linear):
         nn.init.normal_(self.weight, mean=0.0, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (..., in_features) to (..., out_features)."""
+        return linear(input, self.weight, self.bias)
