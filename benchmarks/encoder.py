@@ -69,7 +69,7 @@ def _peak_bytes_here(preset: str, length: int, threads: int) -> int:
 
 
 def _memory_bytes(field: str) -> int:
-    """An entry of the process's status. (getrusage would report the peak of the parent process too.)"""
+    """An entry of the process's status; getrusage would count the peak of the parent process too."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

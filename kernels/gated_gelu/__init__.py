@@ -2,6 +2,6 @@
 
 from spade_t5.kernels.gated_gelu.naive import gated_gelu_naive
 from spade_t5.kernels.gated_gelu.op import gated_gelu
-from spade_t5.kernels.gated_gelu.torch_eager import gated_gelu_eager
+from spade_t5.kernels.gated_gelu.torch_fused import gated_gelu_fused
 
-__all__ = ["gated_gelu", "gated_gelu_eager", "gated_gelu_naive"]
+__all__ = ["gated_gelu", "gated_gelu_fused", "gated_gelu_naive"]

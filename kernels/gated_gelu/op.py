@@ -4,7 +4,7 @@ from torch import Tensor
 
 from spade_t5.kernels.backend import choose_backend
 from spade_t5.kernels.gated_gelu.naive import gated_gelu_naive
-from spade_t5.kernels.gated_gelu.torch_eager import gated_gelu_eager
+from spade_t5.kernels.gated_gelu.torch_fused import gated_gelu_fused
 
 
 def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
@@ -15,7 +15,7 @@ def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     Backward:   da = dh * b * gelu'(a),   db = dh * gelu(a).
 
     Args:
-        a: gate (...), of a floating dtype.
+        a: gate (..., d_ff), of a floating dtype.
         b: values, same shape, dtype and device.
         backend: "auto", "torch" or "naive".
 
@@ -25,10 +25,10 @@ def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: the arguments do not agree, or the backend is not available.
     """
-    if not a.is_floating_point():
-        raise ValueError(f"a has dtype {a.dtype}; expected a floating dtype")
+    if not a.is_floating_point() or a.dim() == 0 or a.numel() == 0:
+        raise ValueError(f"a is {a.dtype} of shape {tuple(a.shape)}; expected a non-empty floating tensor (..., d_ff)")
     if a.shape != b.shape:
         raise ValueError(f"b has shape {tuple(b.shape)}; it must equal that of a, {tuple(a.shape)}")
     if a.dtype != b.dtype or a.device != b.device:
         raise ValueError(f"b is {b.dtype} on {b.device}; it must be as a, {a.dtype} on {a.device}")
-    return (gated_gelu_naive if choose_backend(backend) == "naive" else gated_gelu_eager)(a, b)
+    return (gated_gelu_naive if choose_backend(backend) == "naive" else gated_gelu_fused)(a, b)

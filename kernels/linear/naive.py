@@ -5,5 +5,5 @@ from torch import Tensor
 
 
 def linear_naive(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x weight' + bias; arguments and result as of `linear`, unchecked."""
+    """Return y = x weight' + bias; arguments and result as of `linear`, unchecked."""
     return F.linear(x, weight, bias)

@@ -8,7 +8,7 @@ from spade_t5.kernels.linear.torch_onednn import linear_onednn
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """y = x weight' + bias, as `torch.nn.functional.linear`.
+    """Linear map y = x weight' + bias, as `torch.nn.functional.linear`.
 
     Backward:   dx = dy weight,   dweight = dy' x,   dbias = sum over rows of dy.
 

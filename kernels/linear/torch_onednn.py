@@ -21,7 +21,7 @@ _MIN_ROWS = 16
 
 
 def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x weight' + bias; arguments and result as of `linear`, unchecked."""
+    """Return y = x weight' + bias; arguments and result as of `linear`, unchecked."""
     return _OneDNNLinear.apply(x, weight, bias) if _serves(x, weight) else F.linear(x, weight, bias)
 
 
@@ -58,5 +58,5 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _product(a_XI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """a b' + bias."""
+    """Return a b' + bias."""
     return torch.ops.mkldnn._linear_pointwise(a_XI, b_OI, bias_O, "none", [], "")

@@ -27,9 +27,7 @@ def test_two_hundred_steps_of_sst2_beat_the_majority(tmp_path: Path, recipe: str
         "task.source.name=folder",
         f"task.source.path={glue}",
         f"tokenizer={tmp_path / 'tokenizer'}",
-        "rows.row_tokens=256",
         "training.steps=200",
-        "training.global_batch_rows=4",
     ]
     path = Path(str(files("spade_t5") / "configs" / "finetune" / f"{recipe}.yaml"))
     run = finetune(from_mapping(FinetuneConfig, apply_overrides(read_yaml(path), words)))

@@ -28,7 +28,7 @@ def test_reference_equals_the_closed_form() -> None:
     torch.testing.assert_close(y, torch.tensor([[3.0 / rms, 8.0 / rms]]))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 63, 17), (500, 64), (5,)])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 63, 17), (600, 512), (5,)])
 def test_equals_reference_in_float64(shape: tuple[int, ...]) -> None:
     x, weight = inputs(*shape)
     for actual, expected in zip(run(x, weight, "torch"), run(x, weight, "naive"), strict=True):
