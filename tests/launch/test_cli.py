@@ -292,5 +292,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(
     )
     done = run_command([*SPADE_T5, *words])
     assert done.returncode == 1
-    assert re.search(r"FloatingPointError: the (loss|gradient norm) is nan at step \d; lower the learning rate", done.stderr)
+    assert re.search(
+        r"FloatingPointError: the (loss|gradient norm) is nan at step \d; lower the learning rate", done.stderr
+    )
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")

@@ -8,7 +8,6 @@ from spade_t5 import SpadeT5Config
 from spade_t5.launch.config_files import load_recipe
 from spade_t5.pretrain.run import PretrainConfig
 
-
 RECIPES = sorted(entry.name.removesuffix(".yaml") for entry in (files("spade_t5") / "configs" / "pretrain").iterdir())
 
 
