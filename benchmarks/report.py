@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import statistics
 from pathlib import Path
@@ -12,11 +13,12 @@ import transformers
 
 
 def circumstances() -> dict[str, Any]:
-    """Machine, versions, threads and date of this run."""
+    """Machine, its load (of this run and of others), versions, threads and date."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor_name(),
         "threads": torch.get_num_threads(),
+        "load_average_at_end": os.getloadavg(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -23,6 +23,7 @@ from spade_t5.training.backend import Backend, SingleProcess
 from spade_t5.training.config import TrainingConfig
 from spade_t5.training.data import Batch, RowSource, evaluation_batches, training_batches
 from spade_t5.training.deepspeed import DeepSpeedBackend, start_processes
+from spade_t5.training.host_memory import keep_freed_memory
 from spade_t5.training.objectives import Objective
 from spade_t5.training.reporting import Reporter
 
@@ -229,6 +230,8 @@ def start(config: TrainingConfig) -> None:
         ConfigError: several processes were launched without DeepSpeed, or DeepSpeed is not installed.
     """
     distributed.die_with_parent()
+    if distributed.device().type == "cpu":
+        keep_freed_memory()
     if config.deepspeed is not None:
         start_processes()
     elif distributed.launched_world_size() > 1:
