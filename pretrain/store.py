@@ -8,7 +8,6 @@ The manifest says what the store was made of and by which tokenizer, how much ea
 the folder gets its name after that: a store that can be opened is complete.
 """
 
-import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spade_t5.checkpoint.manifest import file_sha256
 from spade_t5.errors import ConfigError, DataError
 
 FORMAT = 1
@@ -218,9 +218,3 @@ def write_shard(path: Path, documents: Sequence[Tokens], dtype: np.dtype[Any]) -
         file.flush()
         os.fsync(file.fileno())
     return Shard(path.name, int(offsets[-1]), len(documents), path.stat().st_size, file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,16 +13,12 @@ from typing import Any
 from spade_t5.errors import DataError
 
 MANIFEST = "manifest.json"
-_CHUNK_BYTES = 1 << 22
 
 
 def file_sha256(path: Path) -> str:
     """Hash of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The released SPADE uses `concat`; `add` and `stack` are in its code as alternati
 norm of its own because the outputs of a state-space model and of attention differ in scale.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -14,15 +15,15 @@ from spade_t5.layers.norm import make_norm
 from spade_t5.layers.projection import Projection
 
 
-class Fusion(nn.Module):
+class Fusion(nn.Module, ABC):
     """Base: (G, Lc) of shape (B, L, D) each -> (B, L, D)."""
 
     serial: ClassVar[bool] = False
     """The local branch reads the global branch's output instead of the layer's input."""
 
+    @abstractmethod
     def forward(self, global_BLD: Tensor, local_BLD: Tensor) -> Tensor:
         """Joins the branches."""
-        raise NotImplementedError
 
 
 class NormedFusion(Fusion):
