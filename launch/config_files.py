@@ -12,6 +12,19 @@ from spade_t5.errors import ConfigError
 T = TypeVar("T")
 
 
+def add_run_arguments(parser: argparse.ArgumentParser, *, kind: str, example: str) -> None:
+    """The arguments that start or resume a run: a recipe, settings over it, and where to go on."""
+    parser.add_argument("config", help=f"YAML file, or the name of a shipped recipe (configs/{kind})")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help=f"settings put over the file, such as {example}"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        help="auto (default): go on from the newest checkpoint in run_dir; none: start anew; or a path",
+    )
+
+
 def load_recipe(cls: type[T], name: str, words: list[str], *, kind: str) -> T:
     """The config in file `name`, with `key=value` words put over it.
 

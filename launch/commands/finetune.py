@@ -4,24 +4,13 @@ import argparse
 
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.finetune.run import finetune
-from spade_t5.launch.config_files import load_recipe
+from spade_t5.launch.config_files import add_run_arguments, load_recipe
 from spade_t5.training import distributed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("config", help="YAML file, or the name of a shipped recipe (configs/finetune)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings put over the file, such as model.init_from=runs/pretrain",
-    )
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        help="auto (default): go on from the newest checkpoint in run_dir; none: start anew; or a path",
-    )
+    add_run_arguments(parser, kind="finetune", example="model.init_from=runs/pretrain")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,22 +2,14 @@
 
 import argparse
 
-from spade_t5.launch.config_files import load_recipe
+from spade_t5.launch.config_files import add_run_arguments, load_recipe
 from spade_t5.pretrain.run import PretrainConfig, pretrain
 from spade_t5.training import distributed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("config", help="YAML file, or the name of a shipped recipe (configs/pretrain)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings put over the file, such as training.steps=1000"
-    )
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        help="auto (default): go on from the newest checkpoint in run_dir; none: start anew; or a path",
-    )
+    add_run_arguments(parser, kind="pretrain", example="training.steps=1000")
 
 
 def run(arguments: argparse.Namespace) -> None:
