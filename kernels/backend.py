@@ -1,26 +1,60 @@
 """Which implementation of an op runs. The list is the same for every op, so that one word chooses for the whole model.
 
 `naive` is the readable reference and is never chosen by itself; `torch` is plain PyTorch written for speed and runs on
-every device.
+every device; `triton` needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1 before the first import) for
+tests on a CPU.
 """
 
-BACKENDS = ("auto", "torch", "naive")
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "naive")
+
+# Both are fixed when Triton is imported, so they are looked up once; constants also keep torch.compile from tracing it.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-def choose_backend(backend: str) -> str:
-    """Replace "auto" by the backend that serves, and refuse a name that cannot serve.
+def choose_backend(backend: str, device: torch.device) -> str:
+    """Replace "auto" by the backend that serves the device, and refuse a name that cannot serve.
 
     Args:
-        backend: "auto", "torch" or "naive".
+        backend: "auto" (Triton on a CUDA device, torch elsewhere), "triton", "torch" or "naive".
+        device: where the tensors are.
 
     Returns:
-        "torch" or "naive".
+        "triton", "torch" or "naive".
 
     Raises:
-        ValueError: the backend does not exist or is not available; the message says why.
+        ValueError: the backend does not exist or cannot run there; the message says why. "auto" fails too where Triton
+            should serve and is missing: a model that is slow without a word is worse than one that does not start.
     """
-    if backend == "triton":
-        raise ValueError("backend='triton' is not available: this version has no Triton kernels; use 'auto' or 'torch'")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
-    return "torch" if backend == "auto" else backend
+    chosen = backend
+    if backend == "auto":
+        chosen = "triton" if device.type == "cuda" else "torch"
+    if chosen == "triton":
+        problem = _why_no_triton(device)
+        if problem is not None:
+            raise ValueError(f"backend={backend!r}: Triton kernels cannot run: {problem}")
+    return chosen
+
+
+def refuse_double(**tensors: torch.Tensor) -> None:
+    """Raise ValueError if one of the named tensors is float64, which the Triton kernels do not compute in."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float64:
+            raise ValueError(
+                f"{name} is float64: the Triton kernels take float32, bfloat16 and float16; choose backend 'torch'"
+            )
+
+
+def _why_no_triton(device: torch.device) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed; run `pip install triton`, or choose backend 'torch'"
+    if device.type == "cuda" or (device.type == "cpu" and _IS_INTERPRETED):
+        return None
+    return f"the tensors are on {device} and the kernels need a CUDA device; choose backend 'torch'"

@@ -1,7 +1,8 @@
 """The one door through which the model reaches the kernels.
 
-Which backend runs is decided here: the argument, else the environment variable SPADE_T5_BACKEND, else "auto". A backend
-that cannot serve is an error that says why, never a silent change. The functions are those of `spade_t5.kernels`, where
+Which backend runs is decided here: the argument, else the run's config (`configure_backend`), else the environment
+variable SPADE_T5_BACKEND, else "auto": Triton on a CUDA device, torch elsewhere. A backend that cannot serve is an error
+that says why, never a silent change. The functions are those of `spade_t5.kernels`, where
 each is documented.
 """
 
@@ -9,6 +10,7 @@ import logging
 import os
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from spade_t5.errors import ConfigError
@@ -17,12 +19,13 @@ from spade_t5.kernels import linear as _linear
 from spade_t5.kernels import local_attention as _local_attention
 from spade_t5.kernels import rms_norm as _rms_norm
 from spade_t5.kernels import ssm_conv as _ssm_conv
-from spade_t5.kernels.backend import choose_backend
+from spade_t5.kernels.backend import BACKENDS, choose_backend
 from spade_t5.kernels.local_attention import local_attention_probabilities
 from spade_t5.kernels.ssm_conv import kernel_spectrum
 
 __all__ = [
     "backend_in_use",
+    "configure_backend",
     "gated_gelu",
     "kernel_spectrum",
     "linear",
@@ -33,33 +36,55 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
+_configured = "auto"
 
 
-def backend_in_use(backend: str = "auto") -> str:
+def configure_backend(name: str) -> None:
+    """Set the backend of all ops of this process, as a run's config does; "auto" leaves it to SPADE_T5_BACKEND.
+
+    Raises:
+        ConfigError: no such backend. Whether it can serve shows at the first op, when the device is known.
+    """
+    global _configured
+    if name not in BACKENDS:
+        raise ConfigError(f"backend={name!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
+    _configured = name
+
+
+def backend_in_use(backend: str = "auto", device: torch.device | None = None) -> str:
     """The backend that an op called with this argument runs on.
 
     Args:
-        backend: "auto" leaves the choice to SPADE_T5_BACKEND, and without it to the library.
+        backend: "auto" leaves the choice to `configure_backend`, without it to SPADE_T5_BACKEND, and without that to
+            the device.
+        device: where the tensors are; None: the CPU.
 
     Returns:
-        "torch" or "naive".
+        "triton", "torch" or "naive".
 
     Raises:
-        ConfigError: SPADE_T5_BACKEND names a backend that is unknown or not available.
+        ConfigError: the configured backend, or SPADE_T5_BACKEND, is unknown or cannot serve.
         ValueError: the same of the argument.
     """
-    return (
-        choose_backend(backend) if backend != "auto" else _from_environment(os.environ.get("SPADE_T5_BACKEND", "auto"))
-    )
+    device = device if device is not None else torch.device("cpu")
+    return choose_backend(backend, device) if backend != "auto" else _default_backend(device.type)
+
+
+# torch.compile takes the answer as a constant: it must not trace the environment or the log.
+@torch.compiler.assume_constant_result
+def _default_backend(device_type: str) -> str:
+    if _configured != "auto":
+        return _resolved("backend", _configured, device_type)
+    return _resolved("environment variable SPADE_T5_BACKEND", os.environ.get("SPADE_T5_BACKEND", "auto"), device_type)
 
 
 @cache
-def _from_environment(name: str) -> str:
+def _resolved(source: str, name: str, device_type: str) -> str:
     try:
-        chosen = choose_backend(name)
+        chosen = choose_backend(name, torch.device(device_type))
     except ValueError as error:
-        raise ConfigError(f"environment variable SPADE_T5_BACKEND: {error}") from error
-    _logger.info("SPADE-T5 ops run on backend %r (SPADE_T5_BACKEND=%s)", chosen, name)
+        raise ConfigError(f"{source}: {error}") from error
+    _logger.info("SPADE-T5 ops run on backend %r (device %s, %s=%s)", chosen, device_type, source, name)
     return chosen
 
 
@@ -85,7 +110,7 @@ def local_attention(
         right=right,
         segment_ids=segment_ids,
         dropout_p=dropout_p,
-        backend=backend_in_use(backend),
+        backend=backend_in_use(backend, q.device),
     )
 
 
@@ -100,20 +125,25 @@ def ssm_conv(
 ) -> Tensor:
     """Long convolution of an SSM, restarted at every document: `spade_t5.kernels.ssm_conv.ssm_conv`."""
     return _ssm_conv.ssm_conv(
-        u, ssm_kernel, skip, segment_ids=segment_ids, ssm_kernel_f=ssm_kernel_f, backend=backend_in_use(backend)
+        u,
+        ssm_kernel,
+        skip,
+        segment_ids=segment_ids,
+        ssm_kernel_f=ssm_kernel_f,
+        backend=backend_in_use(backend, u.device),
     )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
     """T5's layer norm: `spade_t5.kernels.rms_norm.rms_norm`."""
-    return _rms_norm.rms_norm(x, weight, eps, backend=backend_in_use(backend))
+    return _rms_norm.rms_norm(x, weight, eps, backend=backend_in_use(backend, x.device))
 
 
 def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     """GELU of one half gates the other: `spade_t5.kernels.gated_gelu.gated_gelu`."""
-    return _gated_gelu.gated_gelu(a, b, backend=backend_in_use(backend))
+    return _gated_gelu.gated_gelu(a, b, backend=backend_in_use(backend, a.device))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Linear map, float32 on a CPU by oneDNN: `spade_t5.kernels.linear.linear`."""
-    return _linear.linear(x, weight, bias, backend=backend_in_use(backend))
+    return _linear.linear(x, weight, bias, backend=backend_in_use(backend, x.device))

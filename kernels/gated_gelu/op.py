@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from spade_t5.kernels.backend import choose_backend
+from spade_t5.kernels.backend import choose_backend, refuse_double
 from spade_t5.kernels.gated_gelu.naive import gated_gelu_naive
 from spade_t5.kernels.gated_gelu.torch_fused import gated_gelu_fused
 
@@ -17,7 +17,7 @@ def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         a: gate (..., d_ff), of a floating dtype.
         b: values, same shape, dtype and device.
-        backend: "auto", "torch" or "naive".
+        backend: "auto", "triton", "torch" or "naive".
 
     Returns:
         tensor of the shape and dtype of `a`.
@@ -31,4 +31,10 @@ def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
         raise ValueError(f"b has shape {tuple(b.shape)}; it must equal that of a, {tuple(a.shape)}")
     if a.dtype != b.dtype or a.device != b.device:
         raise ValueError(f"b is {b.dtype} on {b.device}; it must be as a, {a.dtype} on {a.device}")
-    return (gated_gelu_naive if choose_backend(backend) == "naive" else gated_gelu_fused)(a, b)
+    chosen = choose_backend(backend, a.device)
+    if chosen == "triton":
+        from spade_t5.kernels.gated_gelu.triton_op import gated_gelu_triton
+
+        refuse_double(a=a)
+        return gated_gelu_triton(a, b)
+    return (gated_gelu_naive if chosen == "naive" else gated_gelu_fused)(a, b)

@@ -32,4 +32,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), the first dimension of weight"
         )
-    return (linear_naive if choose_backend(backend) == "naive" else linear_onednn)(x, weight, bias)
+    return (linear_naive if choose_backend(backend, x.device) == "naive" else linear_onednn)(x, weight, bias)

@@ -73,7 +73,7 @@ def local_attention(
     if segment_ids is not None:
         check_segment_ids(segment_ids, q)
 
-    implementation = local_attention_naive if choose_backend(backend) == "naive" else local_attention_blocked
+    implementation = local_attention_naive if choose_backend(backend, q.device) == "naive" else local_attention_blocked
     return implementation(q, k, v, offset_bias, left, right, segment_ids, dropout_p)
 
 

@@ -38,4 +38,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         raise ValueError(f"weight is on {weight.device}; move it to {x.device}, where x is")
     if eps < 0.0:
         raise ValueError(f"eps={eps} is negative; T5 uses 1e-6")
-    return (rms_norm_naive if choose_backend(backend) == "naive" else rms_norm_fused)(x, weight, eps)
+    return (rms_norm_naive if choose_backend(backend, x.device) == "naive" else rms_norm_fused)(x, weight, eps)

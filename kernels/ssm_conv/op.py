@@ -83,6 +83,6 @@ def ssm_conv(
                 f"ssm_kernel_f has shape {tuple(ssm_kernel_f.shape)}; expected {expected}: make it with kernel_spectrum"
             )
 
-    if choose_backend(backend) == "naive":
+    if choose_backend(backend, u.device) == "naive":
         return ssm_conv_naive(u, ssm_kernel, skip, segment_ids)
     return ssm_conv_fft(u, ssm_kernel, skip, segment_ids, ssm_kernel_f)
