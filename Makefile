@@ -28,9 +28,9 @@ types: $(INSTALLED)  ## types
 	$(BIN)/mypy
 
 bench-step: $(INSTALLED)  ## training step and span corruption against the peers; writes docs/results
-	$(BIN)/python -m benchmarks.step --out docs/results
-	$(BIN)/python -m benchmarks.encoder --out docs/results
-	$(BIN)/python -m benchmarks.span_corruption --out docs/results
+	$(BIN)/spade-t5 bench step --out docs/results
+	$(BIN)/spade-t5 bench encoder --out docs/results
+	$(BIN)/spade-t5 bench data --out docs/results
 
 clean:  ## removes what was built and trained here
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,6 +1,6 @@
 """Cost of SPADE-T5's encoder as rows get longer: time per token and peak memory, forward and backward, one row, float32.
 
-    python -m benchmarks.encoder [--out docs/results] [--rounds 7] [--quick]
+    spade-t5 bench encoder [--out docs/results] [--rounds 7] [--quick]
 
 Both should be flat per token: nothing in the encoder is quadratic in the length. Lengths take turns within a round.
 Peak memory is the growth of the resident set over its size before the step, each length in a process of its own. Set
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
 from spade_t5 import SpadeT5Config, SpadeT5EncoderModel
+from spade_t5.benchmarks import report, script
 from spade_t5.training.host_memory import keep_freed_memory
 
 LENGTHS = (2048, 4096, 8192, 16384)
@@ -77,15 +77,16 @@ def _memory_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: peak memory can be measured on Linux only")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark, print a table, write encoder.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the benchmark."""
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of encoder.json")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps at each length")
     parser.add_argument("--preset", default="small", help="SPADE-T5 preset")
     parser.add_argument("--quick", action="store_true", help="two short lengths, 2 rounds: to see that it runs")
-    options = parser.parse_args(arguments)
 
+
+def run(options: argparse.Namespace) -> None:
+    """Run the benchmark, print a table, write encoder.json."""
     keep_freed_memory()  # as the training engine does on a CPU
     lengths = (512, 1024) if options.quick else LENGTHS
     rows = time_lengths(options.preset, lengths, 2 if options.quick else options.rounds)
@@ -111,4 +112,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(__doc__, add_arguments, run)

@@ -1,6 +1,6 @@
 """`mini` fine-tuned from scratch on GLUE: the shipped recipes, scored on the whole development sets.
 
-    python -m benchmarks.glue --glue GLUE [--runs runs/glue] [--out docs/results]
+    spade-t5 bench glue --glue GLUE [--runs runs/glue] [--out docs/results]
 
 GLUE is the folder of the original download. Each recipe gets a tokenizer trained on its own training text. Runs that are finished in
 --runs are not done again, so the campaign can be interrupted. Every score is computed a second time from the saved predictions, by
@@ -9,6 +9,7 @@ scikit-learn or SciPy directly, and must be equal.
 
 import argparse
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ import yaml
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 
-from benchmarks import report
-from spade_t5.config import apply_overrides, from_mapping
+from spade_t5.benchmarks import report, script
+from spade_t5.config import apply_overrides, from_mapping, read_yaml
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.finetune.run import finetune
-from spade_t5.launch.config_files import load_recipe
 from spade_t5.pretrain.corpora import FilesCorpus
 from spade_t5.pretrain.tokenizer import TokenizerConfig, train_tokenizer
 from spade_t5.training.reporting import read_metrics
@@ -51,7 +51,8 @@ def run_recipe(recipe: str, glue: Path, run_dir: Path) -> None:
         train_tokenizer(TokenizerConfig(corpus=corpus, vocab_size=vocab_size, num_sentinels=100, out=tokenizer))
     settings = [f"run_dir={run_dir}", f"tokenizer={tokenizer}", "task.source.name=folder", f"task.source.path={glue}"]
     if not (run_dir / "scores.json").exists():
-        finetune(load_recipe(FinetuneConfig, recipe, settings, kind="finetune"))
+        shipped = Path(str(files("spade_t5") / "configs" / "finetune" / f"{recipe}.yaml"))
+        finetune(from_mapping(FinetuneConfig, apply_overrides(read_yaml(shipped), settings)))
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
@@ -86,16 +87,18 @@ def collect(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs what is missing, prints a table, writes glue.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the benchmark."""
     parser.add_argument("--glue", type=Path, required=True, help="folder of the original GLUE download")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/glue"), help="folder of the runs (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of glue.json")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: all")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs what is missing, prints a table, writes glue.json."""
     options.runs.mkdir(parents=True, exist_ok=True)
     results = {}
     for recipe in options.recipes:
@@ -106,4 +109,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(__doc__, add_arguments, run)

@@ -5,7 +5,7 @@ random mask per sample, sentinels and filtering by `np.where` over the batch. It
 token ids from a tokenised data set; ours gets what it gets, arrays cut from a token store. A second figure gives both the same ready
 array, so that only the arithmetic is compared. The two take turns within each round of one process.
 
-    python -m benchmarks.span_corruption --out docs/results
+    spade-t5 bench data --out docs/results
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import report
+from spade_t5.benchmarks import report, script
 from spade_t5.pretrain.objectives import SpanCorruption
 
 GOAL_RATIO = 10
@@ -112,12 +112,14 @@ def compare(inputs_length: int, num_rows: int, rounds: int) -> dict[str, Any]:
     return row
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark, print a table, write span_corruption.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the benchmark."""
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of span_corruption.json")
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds of each shape")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the benchmark, print a table, write span_corruption.json."""
     torch.set_num_threads(1)
 
     rows = [compare(length, 65536 // length, options.rounds) for length in (512, 1024, 4096, 16384)]
@@ -133,4 +135,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(__doc__, add_arguments, run)

@@ -1,6 +1,6 @@
 """Training step of SPADE-T5 against Hugging Face's T5 and LongT5 of the same size: forward and backward, one row, float32.
 
-    python -m benchmarks.step [--out docs/results] [--rounds 7] [--quick]
+    spade-t5 bench step [--out docs/results] [--rounds 7] [--compare hf-t5,hf-longt5] [--quick]
 
 The models take turns within a round, so that what disturbs the machine disturbs them alike; medians over rounds are
 compared. Processor time is recorded too: on a machine that others use, one thread's (OMP_NUM_THREADS=1) is the steadier
@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from transformers import LongT5Config, LongT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from benchmarks import report
 from spade_t5 import SpadeT5Config, SpadeT5ForConditionalGeneration
+from spade_t5.benchmarks import report, script
+from spade_t5.errors import ConfigError
 
 # Inputs and the targets that go with them in span corruption at density 0.15 and mean span length 3.
 SHAPES = {512: 114, 4096: 910}
+PEERS = ("hf-t5", "hf-longt5")
 GOALS = {("hf-t5", 4096): 2.5, ("hf-longt5", 4096): 1.3, ("hf-t5", 512): 0.9}
 
 
@@ -78,16 +80,30 @@ def compare(models: dict[str, torch.nn.Module], input_tokens: int, target_tokens
     return results
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark, print a table, write step.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the benchmark."""
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of step.json")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each model at each shape")
     parser.add_argument("--preset", default="small", help="SPADE-T5 preset; the peers take its sizes")
+    parser.add_argument(
+        "--compare",
+        type=lambda words: words.split(","),
+        default=list(PEERS),
+        help=f"peers, with commas between them (default: {','.join(PEERS)})",
+    )
     parser.add_argument("--quick", action="store_true", help="512 tokens only, 2 rounds: to see that it runs")
-    options = parser.parse_args(arguments)
 
-    models = build_models(options.preset)
+
+def run(options: argparse.Namespace) -> None:
+    """Run the benchmark, print a table, write step.json."""
+    unknown = set(options.compare) - set(PEERS)
+    if unknown:
+        raise ConfigError(f"--compare: {', '.join(sorted(unknown))} is unknown; use some of {','.join(PEERS)}")
+    models = {
+        name: model
+        for name, model in build_models(options.preset).items()
+        if name not in set(PEERS) - set(options.compare)
+    }
     shapes = {512: SHAPES[512]} if options.quick else SHAPES
     rounds = 2 if options.quick else options.rounds
     comparisons = [compare(models, *shape, rounds) for shape in shapes.items()]
@@ -113,4 +129,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(__doc__, add_arguments, run)

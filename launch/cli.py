@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "T5 1.1 or LongT5 to SPADE-T5, and back",
     "generate": "generate text from lines of text",
     "verify": "check a checkpoint, store or export against its manifest",
+    "bench": "measure kernels, the training step, the encoder, the data or GLUE beside their peers",
     "demo": "the whole story on the documentation of this Python installation",
 }
 """Name to summary; each is a module of `spade_t5.launch.commands` with `add_arguments` and `run`."""
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command_parser = OneLineErrorParser(prog=f"spade-t5 {words.command}", description=module.__doc__)
     module.add_arguments(command_parser)
     try:
-        module.run(command_parser.parse_intermixed_args(words.arguments))
+        hands_on_words = getattr(module, "HANDS_ON_WORDS", False)
+        parse = command_parser.parse_args if hands_on_words else command_parser.parse_intermixed_args
+        module.run(parse(words.arguments))
     except UserError as error:
         if is_main:
             print(f"spade-t5 {words.command}: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = ("kernels", "pretrain", "finetune", "launch", "configs")
+FLOORS = ("kernels", "pretrain", "finetune", "benchmarks", "launch", "configs")
 
 
 def tracked_files() -> set[str]:

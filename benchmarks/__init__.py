@@ -1,0 +1,1 @@
+"""Speed and memory beside other implementations of the same thing; each module runs by itself or as `spade-t5 bench NAME`."""

@@ -1,0 +1,52 @@
+"""`spade-t5 bench NAME` and `python -m spade_t5.benchmarks.NAME`: help, files, mistakes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from spade_t5.launch.cli import main
+from spade_t5.launch.commands.bench import BENCHMARKS
+from spade_t5.testing import run_command
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", name, "--help"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: spade-t5 bench {name}")
+
+
+def test_step_beside_one_peer(tmp_path: Path) -> None:
+    words = ["bench", "step", "--quick", "--preset", "tiny", "--compare", "hf-longt5", "--out", str(tmp_path)]
+    assert main(words) == 0
+    (comparison,) = json.loads((tmp_path / "step.json").read_text())["comparisons"]
+    assert set(comparison["models"]) == {"spade-t5", "hf-longt5"}
+    assert set(comparison["speedup_over"]) == {"hf-longt5"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["step", "--compare", "hf-bert"], "--compare: hf-bert is unknown; use some of hf-t5,hf-longt5"),
+        (["data", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["speed"], "argument NAME: invalid choice: 'speed'"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["bench", *words])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_runs_as_a_module() -> None:
+    done = run_command([sys.executable, "-m", "spade_t5.benchmarks.step", "--quick", "--compare", "hf-bert"])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("use some of hf-t5,hf-longt5")
