@@ -21,7 +21,7 @@ from spade_t5.configuration import SpadeT5Config
 from spade_t5.layers.decoder import DecoderStack
 from spade_t5.layers.encoder import EncoderStack, StackOutput
 from spade_t5.layers.projection import Projection
-from spade_t5.layers.segments import segments_from_mask, shift_right
+from spade_t5.layers.segments import SourceView, segments_from_mask, shift_right
 from spade_t5.layers.ssm import SSMMixer
 
 WHOLE_MODULES = ["EncoderLayer", "DecoderLayer"]
@@ -172,7 +172,7 @@ class SpadeT5EncoderDecoder(SpadeT5PreTrainedModel):
         decoder_input_ids: Tensor | None,
         decoder_inputs_embeds: Tensor | None,
         target_segments: Tensor | None,
-        is_visible: Tensor | None,
+        source_view: SourceView,
         past_key_values: EncoderDecoderCache | None,
         wanted: dict[str, bool],
     ) -> StackOutput:
@@ -180,7 +180,7 @@ class SpadeT5EncoderDecoder(SpadeT5PreTrainedModel):
             embed(self.encoder.embed_tokens, decoder_input_ids, decoder_inputs_embeds, prefix="decoder_"),
             encoded.last_hidden_state,
             target_segments,
-            is_visible,
+            source_view,
             past_key_values,
             with_hidden_states=wanted["output_hidden_states"],
             with_attentions=wanted["output_attentions"],
@@ -399,12 +399,12 @@ def resolve_target_view(
     segment_ids: Tensor | None,
     decoder_attention_mask: Tensor | None,
     decoder_segment_ids: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, SourceView]:
     """What a target token belongs to and may see of the source.
 
     Returns:
-        segment ids of the target or None (one document fills each row), and the visible source tokens as a bool tensor
-        that broadcasts to (B, T, L), or None (all): those of the own document.
+        segment ids of the target or None (one document fills each row), and the view of the source: that of the own
+        document in packed rows, else all but padding.
 
     Raises:
         ValueError: only one side is packed, or ids and masks disagree.
@@ -414,9 +414,4 @@ def resolve_target_view(
         raise ValueError(f"{missing}: packed rows need segment ids on both sides; this one is missing")
     source_segments_BL = resolve_segments(attention_mask, segment_ids, name="segment_ids")
     target_segments_BT = resolve_segments(decoder_attention_mask, decoder_segment_ids, name="decoder_segment_ids")
-    if source_segments_BL is None:
-        return target_segments_BT, None
-    is_visible = (source_segments_BL != 0)[:, None, :]
-    if decoder_segment_ids is not None:
-        is_visible = is_visible & (source_segments_BL[:, None, :] == decoder_segment_ids[:, :, None])
-    return target_segments_BT, is_visible
+    return target_segments_BT, SourceView(decoder_segment_ids, source_segments_BL)

@@ -14,25 +14,34 @@ import torch
 from torch import Tensor
 
 from spade_t5.errors import ConfigError
+from spade_t5.kernels import cross_attention as _cross_attention
 from spade_t5.kernels import gated_gelu as _gated_gelu
 from spade_t5.kernels import linear as _linear
 from spade_t5.kernels import local_attention as _local_attention
 from spade_t5.kernels import rms_norm as _rms_norm
 from spade_t5.kernels import ssm_conv as _ssm_conv
 from spade_t5.kernels.backend import BACKENDS, choose_backend
+from spade_t5.kernels.cross_attention import DocumentPairs, cross_attention_probabilities, pair_documents, visible_keys
 from spade_t5.kernels.local_attention import local_attention_probabilities
+from spade_t5.kernels.segments import check_segment_order
 from spade_t5.kernels.ssm_conv import kernel_spectrum
 
 __all__ = [
+    "DocumentPairs",
     "backend_in_use",
+    "check_segment_order",
     "configure_backend",
+    "cross_attention",
+    "cross_attention_probabilities",
     "gated_gelu",
     "kernel_spectrum",
     "linear",
     "local_attention",
     "local_attention_probabilities",
+    "pair_documents",
     "rms_norm",
     "ssm_conv",
+    "visible_keys",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -109,6 +118,30 @@ def local_attention(
         left=left,
         right=right,
         segment_ids=segment_ids,
+        dropout_p=dropout_p,
+        backend=backend_in_use(backend, q.device),
+    )
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+    pairs: DocumentPairs | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of target tokens to the source: `spade_t5.kernels.cross_attention.cross_attention`."""
+    return _cross_attention.cross_attention(
+        q,
+        k,
+        v,
+        query_documents=query_documents,
+        key_documents=key_documents,
+        pairs=pairs,
         dropout_p=dropout_p,
         backend=backend_in_use(backend, q.device),
     )

@@ -2,7 +2,7 @@
 
 T5's attention has no 1/sqrt(d) (`scale` is 1 unless configured). Equal query and key lengths go through the banded op
 `local_attention`, which also serves the decoder (unlimited to the left, nothing to the right); decoding from a cache
-and cross-attention, which have no band, use torch's `scaled_dot_product_attention`.
+uses torch's `scaled_dot_product_attention`, cross-attention, which has neither band nor bias, the op `cross_attention`.
 
 Letters: B batch, L source length, T query length, S key length, D d_model, H heads, K d_kv, R reach of the bias.
 """
@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spade_t5.layers.projection import Projection
-from spade_t5.ops import local_attention, local_attention_probabilities
+from spade_t5.layers.segments import SourceView
+from spade_t5.ops import (
+    cross_attention,
+    cross_attention_probabilities,
+    local_attention,
+    local_attention_probabilities,
+)
 
 
 class KeyValueCache(Protocol):
@@ -39,19 +45,6 @@ def dense_bias(offset_bias_HR: Tensor, offsets_TS: Tensor) -> Tensor:
     """The bias matrix (H, T, S) that a bias by offset (H, 2R+1) stands for."""
     reach = offset_bias_HR.shape[1] // 2
     return offset_bias_HR[:, offsets_TS.clamp(-reach, reach) + reach]
-
-
-def attention_probabilities(
-    q_BHTK: Tensor, k_BHSK: Tensor, bias_HTS: Tensor | None, is_visible: Tensor | None
-) -> Tensor:
-    """Softmax weights (B, H, T, S) for inspection: 0 wherever a key is not visible, whole rows included."""
-    scores_BHTS = (q_BHTK @ k_BHSK.transpose(-1, -2)).to(torch.promote_types(q_BHTK.dtype, torch.float32))
-    if bias_HTS is not None:
-        scores_BHTS = scores_BHTS + bias_HTS
-    if is_visible is None:
-        return scores_BHTS.softmax(dim=-1)
-    scores_BHTS = scores_BHTS.masked_fill(~is_visible, torch.finfo(scores_BHTS.dtype).min)
-    return scores_BHTS.softmax(dim=-1).masked_fill(~is_visible, 0.0)
 
 
 class Attention(nn.Module):
@@ -207,8 +200,17 @@ class CausalSelfAttention(BandedSelfAttention):
         )
         weights = None
         if with_weights:
-            weights = attention_probabilities(q_BTHK.transpose(1, 2), k_BHSK, bias_HTS, is_visible)
+            weights = self._cached_weights(q_BTHK, k_BHSK, bias_HTS, is_visible)
         return self.o(out_BHTK.transpose(1, 2).flatten(-2)), weights
+
+    @staticmethod
+    def _cached_weights(q_BTHK: Tensor, k_BHSK: Tensor, bias_HTS: Tensor | None, is_visible: Tensor) -> Tensor:
+        scores_BHTS = (q_BTHK.transpose(1, 2) @ k_BHSK.transpose(-1, -2)).to(
+            torch.promote_types(q_BTHK.dtype, torch.float32)
+        )
+        if bias_HTS is not None:
+            scores_BHTS = scores_BHTS + bias_HTS
+        return scores_BHTS.masked_fill(~is_visible, torch.finfo(scores_BHTS.dtype).min).softmax(dim=-1)
 
 
 class CrossAttention(Attention):
@@ -218,7 +220,7 @@ class CrossAttention(Attention):
         self,
         x_BTD: Tensor,
         encoder_BLD: Tensor,
-        is_visible_BTL: Tensor | None,
+        view: SourceView,
         cache: KeyValueCache | None = None,
         layer_index: int = 0,
         with_weights: bool = False,
@@ -228,7 +230,7 @@ class CrossAttention(Attention):
         Args:
             x_BTD: queries.
             encoder_BLD: encoder states; only read at the first call with a cache.
-            is_visible_BTL: bool, broadcastable to (B, T, L); None: all of the source. A query that sees nothing gets 0.
+            view: which source tokens are seen. A query that sees nothing gets 0.
             cache: keeps the keys and values of the source between calls.
             layer_index: place of this layer in the cache.
             with_weights: return the dense weights too.
@@ -236,29 +238,26 @@ class CrossAttention(Attention):
         Returns:
             output (B, T, D) and weights (B, H, T, L) or None.
         """
-        q_BHTK = self._queries(x_BTD).transpose(1, 2)
-        k_BHLK, v_BHLK = self._source(encoder_BLD, cache, layer_index)
-        mask, has_source = None, None
-        if is_visible_BTL is not None:
-            is_visible_BTL = is_visible_BTL[:, None]
-            # softmax over nothing is NaN: such rows look everywhere and their output is set to 0
-            has_source = is_visible_BTL.any(dim=-1, keepdim=True)
-            mask = is_visible_BTL | ~has_source
-        out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BHLK, v_BHLK, attn_mask=mask, dropout_p=self._dropout_p(), scale=1.0
+        q_BTHK = self._queries(x_BTD)
+        k_BLHK, v_BLHK = self._source(encoder_BLD, cache, layer_index)
+        out_BTHK = cross_attention(
+            q_BTHK,
+            k_BLHK,
+            v_BLHK,
+            query_documents=view.target_documents_BT,
+            key_documents=view.source_documents_BL,
+            pairs=view.pairs,
+            dropout_p=self._dropout_p(),
         )
-        if has_source is not None:
-            out_BHTK = out_BHTK * has_source
-        weights = attention_probabilities(q_BHTK, k_BHLK, None, is_visible_BTL) if with_weights else None
-        return self.o(out_BHTK.transpose(1, 2).flatten(-2)), weights
+        weights = cross_attention_probabilities(q_BTHK, k_BLHK, view.is_visible()) if with_weights else None
+        return self.o(out_BTHK.flatten(-2)), weights
 
     def _source(self, encoder_BLD: Tensor, cache: KeyValueCache | None, layer_index: int) -> tuple[Tensor, Tensor]:
         if cache is not None and cache.is_updated.get(layer_index):
             held = cache.cross_attention_cache.layers[layer_index]
-            return held.keys, held.values
-        k_BHLK = self._split_heads(self.k(encoder_BLD)).transpose(1, 2)
-        v_BHLK = self._split_heads(self.v(encoder_BLD)).transpose(1, 2)
+            return held.keys.transpose(1, 2), held.values.transpose(1, 2)
+        k_BLHK, v_BLHK = self._split_heads(self.k(encoder_BLD)), self._split_heads(self.v(encoder_BLD))
         if cache is not None:
-            k_BHLK, v_BHLK = cache.cross_attention_cache.update(k_BHLK, v_BHLK, layer_index)
+            cache.cross_attention_cache.update(k_BLHK.transpose(1, 2), v_BLHK.transpose(1, 2), layer_index)
             cache.is_updated[layer_index] = True
-        return k_BHLK, v_BHLK
+        return k_BLHK, v_BLHK

@@ -11,7 +11,7 @@ from spade_t5.layers.encoder import StackOutput
 from spade_t5.layers.feed_forward import FEED_FORWARDS
 from spade_t5.layers.norm import make_norm
 from spade_t5.layers.position_bias import PositionEmbedding, RelativeAttentionBias
-from spade_t5.layers.segments import segment_positions
+from spade_t5.layers.segments import WHOLE_SOURCE, SourceView, segment_positions
 
 
 class DecoderLayer(nn.Module):
@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         encoder_BLD: Tensor,
         offset_bias: Tensor | None,
         segment_ids_BT: Tensor | None,
-        is_visible_BTL: Tensor | None,
+        source_view: SourceView,
         cache: KeyValueCache | None = None,
         with_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
         x_BTD = self._after(self.self_attention_norm, x_BTD + self.dropout(a_BTD))
         h_BTD = self._before(self.cross_attention_norm, x_BTD)
         a_BTD, cross_weights = self.cross_attention(
-            h_BTD, encoder_BLD, is_visible_BTL, cache, self.layer_index, with_weights
+            h_BTD, encoder_BLD, source_view, cache, self.layer_index, with_weights
         )
         x_BTD = self._after(self.cross_attention_norm, x_BTD + self.dropout(a_BTD))
         h_BTD = self._before(self.feed_forward_norm, x_BTD)
@@ -98,7 +98,7 @@ class DecoderStack(nn.Module):
         embeddings_BTD: Tensor,
         encoder_BLD: Tensor,
         segment_ids_BT: Tensor | None = None,
-        is_visible_BTL: Tensor | None = None,
+        source_view: SourceView = WHOLE_SOURCE,
         cache: KeyValueCache | None = None,
         *,
         with_hidden_states: bool = False,
@@ -110,7 +110,7 @@ class DecoderStack(nn.Module):
             embeddings_BTD: token embeddings; with a cache, of the tokens after the T0 held there.
             encoder_BLD: encoder states.
             segment_ids_BT: int64 documents of the row, None: one fills it; with a cache (B, T0+T), 0 = padding.
-            is_visible_BTL: bool, broadcastable to (B, T, L): source tokens that each target token may see; None: all.
+            source_view: source tokens that each target token may see.
             cache: keys and values of earlier tokens and of the source; updated in place.
             with_hidden_states: keep the output of every layer.
             with_attentions: return the attention weights of every layer.
@@ -126,12 +126,14 @@ class DecoderStack(nn.Module):
         if self.relative_attention_bias is not None:
             offset_bias = self.relative_attention_bias(self.bias_reach_tokens)
 
+        if cache is None:
+            source_view = source_view.with_pairs(embeddings_BTD.shape[1])
         x_BTD = self.dropout(self.embedding_norm(embeddings_BTD))
         hidden_states = [x_BTD] if with_hidden_states else []
         attentions: list[Tensor] = []
         cross_attentions: list[Tensor] = []
         for layer in self.layers:
-            arguments = (x_BTD, encoder_BLD, offset_bias, segment_ids_BT, is_visible_BTL, cache, with_attentions)
+            arguments = (x_BTD, encoder_BLD, offset_bias, segment_ids_BT, source_view, cache, with_attentions)
             if (
                 self.gradient_checkpointing and self.training and cache is None
             ):  # recomputing would fill the cache twice

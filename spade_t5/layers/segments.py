@@ -11,8 +11,39 @@ is derived here:
     shifted right          s a b c d s f p s h        (s: decoder start, p: padding)
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from spade_t5.ops import DocumentPairs, pair_documents, visible_keys
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """What the target tokens may see of the source, the same for every decoder layer."""
+
+    target_documents_BT: Tensor | None
+    """Document of each target token, 0 = padding; None: every target sees all of the source but its padding."""
+    source_documents_BL: Tensor | None
+    """Document of each source token, 0 = padding; None: no token is padding and all are one document."""
+    pairs: DocumentPairs | None = None
+    """The same laid out for attention document by document; see `with_pairs`."""
+
+    def with_pairs(self, target_tokens: int) -> "SourceView":
+        """Find the documents once for all layers. A compiled graph keeps the masks instead: sizes must not depend on ids."""
+        if self.source_documents_BL is None or torch.compiler.is_compiling():
+            return self
+        pairs = pair_documents(self.target_documents_BT, self.source_documents_BL, target_tokens)
+        return SourceView(self.target_documents_BT, self.source_documents_BL, pairs)
+
+    def is_visible(self) -> Tensor | None:
+        """Bool, broadcastable to (B, T, L): True where a target token sees a source token; None: everywhere."""
+        return visible_keys(self.target_documents_BT, self.source_documents_BL)
+
+
+WHOLE_SOURCE = SourceView(target_documents_BT=None, source_documents_BL=None)
+"""Every target token sees every source token."""
 
 
 def segments_from_mask(attention_mask_BL: Tensor | None) -> Tensor | None:

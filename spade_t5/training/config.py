@@ -48,6 +48,8 @@ class TrainingConfig:
     """Largest norm of the whole gradient; 0 switches clipping off."""
     precision: Literal["fp32", "bf16_autocast", "bf16"] = "fp32"
     """fp32; bf16_autocast: fp32 parameters, matrix products in bf16; bf16: bf16 parameters with fp32 master weights (ZeRO 1-3)."""
+    kernel_backend: Literal["auto", "triton", "torch", "naive"] = "auto"
+    """What the model's ops run on; auto: SPADE_T5_BACKEND, or without it Triton on a GPU and torch on a CPU."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     deepspeed: DeepSpeedConfig | None = None

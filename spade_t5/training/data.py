@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from spade_t5.ops import check_segment_order
+
 Batch = dict[str, Tensor]
 EMPTY_ROW = -1
 
@@ -53,7 +55,12 @@ class _MicroBatches(Dataset[Batch]):
         return len(self.row_lists)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.source.collate(self.row_lists[index])
+        batch = self.source.collate(self.row_lists[index])
+        # here, on the CPU, because the kernels rely on it and a GPU must not be asked
+        for name in ("segment_ids", "decoder_segment_ids"):
+            if name in batch:
+                check_segment_order(batch[name], name)
+        return batch
 
 
 class _StepRows(Sequence[list[int]]):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from spade_t5 import ops
 from spade_t5.checkpoint import load_checkpoint, save_checkpoint
 from spade_t5.errors import ConfigError, StopRequestedError
 from spade_t5.training import distributed
@@ -227,9 +228,12 @@ def start(config: TrainingConfig) -> None:
     """Joins the other ranks, if there are any; to be called before anything waits for them.
 
     Raises:
-        ConfigError: several processes were launched without DeepSpeed, or DeepSpeed is not installed.
+        ConfigError: several processes were launched without DeepSpeed, DeepSpeed is not installed, or the ops' backend
+            cannot serve.
     """
     distributed.die_with_parent()
+    ops.configure_backend(config.kernel_backend)
+    ops.backend_in_use("auto", distributed.device())
     if distributed.device().type == "cpu":
         keep_freed_memory()
     if config.deepspeed is not None:

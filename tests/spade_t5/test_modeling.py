@@ -122,7 +122,8 @@ def test_every_class_reads_a_text_to_text_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(encoder(**inputs).last_hidden_state, expected.encoder_last_hidden_state)
     decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     states = SpadeT5Model.from_pretrained(tmp_path)(**inputs, decoder_input_ids=decoder_input_ids).last_hidden_state
-    assert torch.equal(model.lm_head(states), expected.logits)
+    # with a cache, as here, cross-attention goes by a mask, without one document by document
+    torch.testing.assert_close(model.lm_head(states), expected.logits)
     classifier, info = SpadeT5ForSequenceClassification.from_pretrained(
         tmp_path, num_labels=3, output_loading_info=True
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from spade_t5.layers.attention import CausalSelfAttention, CrossAttention, LocalSelfAttention
 from spade_t5.layers.position_bias import RelativeAttentionBias, relative_position_buckets
+from spade_t5.layers.segments import SourceView
 
 TOLERANCE = 1e-5  # of each tensor's largest entry, fp32
 
@@ -61,8 +62,9 @@ def test_a_query_without_any_source_gets_nothing() -> None:
     torch.manual_seed(0)
     layer = CrossAttention(16, 2, 8, dropout_rate=0.0)
     x, source = torch.randn(1, 3, 16, requires_grad=True), torch.randn(1, 4, 16, requires_grad=True)
+    view = SourceView(torch.tensor([[1, 3, 2]]), torch.tensor([[1, 1, 2, 0]]))
     visible = torch.tensor([[[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]]).bool()
-    out, weights = layer(x, source, visible, with_weights=True)
+    out, weights = layer(x, source, view, with_weights=True)
     assert torch.equal(out[0, 1], torch.zeros(16))
     assert torch.equal(weights != 0, visible[:, None].expand(1, 2, 3, 4))
     out.sum().backward()

@@ -61,3 +61,15 @@ def test_evaluation_covers_everything_once() -> None:
         for batch in evaluation_batches(Numbers(), micro_batch_rows=3, rank=rank, world_size=2)
     ]
     assert batches == [[0, 2, 4], [6, -1, -1], [1, 3, 5], [-1, -1, -1]]
+
+
+@pytest.mark.parametrize("name", ["segment_ids", "decoder_segment_ids"])
+def test_documents_out_of_order_are_refused_before_they_reach_a_device(name: str) -> None:
+    class Rows:
+        num_rows = 1
+
+        def collate(self, row_numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+            return {name: torch.tensor([[2, 2, 1]])}
+
+    with pytest.raises(ValueError, match=f"{name} decrease within a row"):
+        next(evaluation_batches(Rows(), micro_batch_rows=1, rank=0, world_size=1))
