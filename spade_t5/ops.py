@@ -17,6 +17,7 @@ from spade_t5.errors import ConfigError
 from spade_t5.kernels import cross_attention as _cross_attention
 from spade_t5.kernels import gated_gelu as _gated_gelu
 from spade_t5.kernels import linear as _linear
+from spade_t5.kernels import linear_cross_entropy as _linear_cross_entropy
 from spade_t5.kernels import local_attention as _local_attention
 from spade_t5.kernels import rms_norm as _rms_norm
 from spade_t5.kernels import ssm_conv as _ssm_conv
@@ -28,6 +29,8 @@ from spade_t5.kernels.ssm_conv import kernel_spectrum
 
 __all__ = [
     "DocumentPairs",
+    "add_rms_norm",
+    "add_rms_norm_with_transpose",
     "backend_in_use",
     "check_segment_order",
     "configure_backend",
@@ -36,10 +39,12 @@ __all__ = [
     "gated_gelu",
     "kernel_spectrum",
     "linear",
+    "linear_cross_entropy",
     "local_attention",
     "local_attention_probabilities",
     "pair_documents",
     "rms_norm",
+    "rms_norm_with_transpose",
     "ssm_conv",
     "visible_keys",
 ]
@@ -172,6 +177,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
     return _rms_norm.rms_norm(x, weight, eps, backend=backend_in_use(backend, x.device))
 
 
+def rms_norm_with_transpose(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """T5's layer norm, laid out for the SSM too: `spade_t5.kernels.rms_norm.rms_norm_with_transpose`."""
+    return _rms_norm.rms_norm_with_transpose(x, weight, eps, backend=backend_in_use(backend, x.device))
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, dropout_p: float = 0.0, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Residual sum with dropout, and its norm: `spade_t5.kernels.rms_norm.add_rms_norm`."""
+    return _rms_norm.add_rms_norm(
+        x, residual, weight, eps, dropout_p=dropout_p, backend=backend_in_use(backend, x.device)
+    )
+
+
+def add_rms_norm_with_transpose(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, dropout_p: float = 0.0, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, laid out for the SSM too: `spade_t5.kernels.rms_norm.add_rms_norm_with_transpose`."""
+    return _rms_norm.add_rms_norm_with_transpose(
+        x, residual, weight, eps, dropout_p=dropout_p, backend=backend_in_use(backend, x.device)
+    )
+
+
 def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     """GELU of one half gates the other: `spade_t5.kernels.gated_gelu.gated_gelu`."""
     return _gated_gelu.gated_gelu(a, b, backend=backend_in_use(backend, a.device))
@@ -180,3 +208,25 @@ def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Linear map, float32 on a CPU by oneDNN: `spade_t5.kernels.linear.linear`."""
     return _linear.linear(x, weight, bias, backend=backend_in_use(backend, x.device))
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Tensor:
+    """Summed cross-entropy from hidden states: `spade_t5.kernels.linear_cross_entropy.linear_cross_entropy`."""
+    return _linear_cross_entropy.linear_cross_entropy(
+        x,
+        weight,
+        labels,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        backend=backend_in_use(backend, x.device),
+    )

@@ -9,6 +9,7 @@ Shapes: X vectors, D their length.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +19,14 @@ from spade_t5.kernels.row_steps import row_steps
 def rms_norm_fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return y = weight * (x * rsqrt(mean(x^2) + eps)); arguments and result as of `rms_norm`, unchecked."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm_fused(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """R = residual + dropout(x) and its norm; arguments and results as of `add_rms_norm`, unchecked."""
+    r = residual + (F.dropout(x, dropout_p) if dropout_p else x)
+    return r, rms_norm_fused(r, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
