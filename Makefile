@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test lint types bench-step clean
+# The oldest Triton that is supported, beside everything else of $(VENV): its compiler differs, so kernels are compiled by both.
+TRITON_MIN := .venv-triton-min
+
+.PHONY: demo test lint types triton-min bench-step clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,6 +22,14 @@ demo: $(INSTALLED)  ## the whole story: tokenizer, store, pretraining, fine-tuni
 
 test: $(INSTALLED)  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+triton-min: $(TRITON_MIN)/.installed  ## environment with the oldest supported Triton, for the compile tests
+
+$(TRITON_MIN)/.installed: $(INSTALLED)
+	$(BIN)/python -m venv $(TRITON_MIN)
+	$(TRITON_MIN)/bin/python -m pip install --quiet triton==3.6.0 'numpy<2.4'
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(TRITON_MIN)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	touch $@
 
 lint: $(INSTALLED)  ## style
 	$(BIN)/ruff check .
@@ -33,4 +44,4 @@ bench-step: $(INSTALLED)  ## training step and span corruption against the peers
 	$(BIN)/spade-t5 bench data --out docs/results
 
 clean:  ## removes what was built and trained here
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(TRITON_MIN) runs build dist *.egg-info

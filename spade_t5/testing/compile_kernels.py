@@ -11,7 +11,6 @@ memory, and counts of tensor-core instructions.
 import argparse
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,10 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"
-
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -121,6 +119,8 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90, help="compute capability without the dot: 90, 80")
     parser.add_argument("--op", action="append", help="folder of an op; default: all that have Triton kernels")
     options = parser.parse_args()
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled; unset it")
 
     folder = Path(backend.__file__).parent
     ops = options.op or sorted(path.parent.name for path in folder.glob("*/triton_op.py"))
