@@ -6,7 +6,7 @@ Shapes: B batch, L length, H heads, K d_kv, D the largest relative offset with a
 import torch
 from torch import Tensor
 
-from spade_t5.kernels.backend import choose_backend
+from spade_t5.kernels.backend import choose_backend, refuse_double
 from spade_t5.kernels.local_attention.naive import local_attention_naive
 from spade_t5.kernels.local_attention.torch_blocked import local_attention_blocked
 from spade_t5.kernels.segments import check_segment_ids
@@ -42,9 +42,10 @@ def local_attention(
         left: keys visible before the query, in tokens; None: unlimited.
         right: keys visible after the query, in tokens; None: unlimited.
         segment_ids: (B, L) int64, 0 = padding, 1, 2, ... = document within the row; a token attends to its own document
-            only. None: every row is one document.
+            only. Ids do not decrease along a row, but for padding, which may stand anywhere. None: every row is one
+            document.
         dropout_p: probability with which an attention weight is dropped.
-        backend: "auto", "torch" or "naive".
+        backend: "auto", "triton" (d_kv of 16, 32, 64 or 128, no float64), "torch" or "naive".
 
     Returns:
         (B, L, H, K) in the dtype of `q`; 0 at padding, where all gradients are 0 too.
@@ -73,7 +74,13 @@ def local_attention(
     if segment_ids is not None:
         check_segment_ids(segment_ids, q)
 
-    implementation = local_attention_naive if choose_backend(backend, q.device) == "naive" else local_attention_blocked
+    chosen = choose_backend(backend, q.device)
+    if chosen == "triton":
+        from spade_t5.kernels.local_attention.triton_op import local_attention_triton
+
+        refuse_double(q=q, **({} if offset_bias is None else {"offset_bias": offset_bias}))
+        return local_attention_triton(q, k, v, offset_bias, left, right, segment_ids, dropout_p)
+    implementation = local_attention_naive if chosen == "naive" else local_attention_blocked
     return implementation(q, k, v, offset_bias, left, right, segment_ids, dropout_p)
 
 

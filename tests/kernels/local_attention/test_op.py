@@ -42,8 +42,8 @@ def test_right_use_is_accepted() -> None:
         ({"offset_bias": torch.zeros(2, 3, device="meta")}, r"offset_bias is on meta; move"),
         ({"segment_ids": torch.ones(1, 4, dtype=torch.int64)}, r"segment_ids has shape \(1, 4\); expected"),
         ({"segment_ids": torch.ones(1, 5)}, r"segment_ids has dtype torch.float32; cast"),
-        ({"backend": "triton"}, r"backend='triton' is not available"),
-        ({"backend": "cuda"}, r"backend='cuda' is unknown; use one of 'auto', 'torch', 'naive'"),
+        ({"backend": "triton"}, r"q has d_kv=4: the Triton kernels take 16, 32, 64, 128; choose backend 'torch'"),
+        ({"backend": "cuda"}, r"backend='cuda' is unknown; use one of 'auto', 'triton', 'torch', 'naive'"),
     ],
 )
 def test_wrong_use_is_refused(changes: dict[str, Any], message: str) -> None:
