@@ -25,14 +25,17 @@ from spade_t5.kernels.backend import BACKENDS, choose_backend
 from spade_t5.kernels.cross_attention import DocumentPairs, cross_attention_probabilities, pair_documents, visible_keys
 from spade_t5.kernels.local_attention import local_attention_probabilities
 from spade_t5.kernels.segments import check_segment_order
-from spade_t5.kernels.ssm_conv import kernel_spectrum
+from spade_t5.kernels.ssm_conv import ChunkedSystem, chunked_system, kernel_spectrum
+from spade_t5.kernels.ssm_conv import chunk_tokens as ssm_chunk_tokens
 
 __all__ = [
+    "ChunkedSystem",
     "DocumentPairs",
     "add_rms_norm",
     "add_rms_norm_with_transpose",
     "backend_in_use",
     "check_segment_order",
+    "chunked_system",
     "configure_backend",
     "cross_attention",
     "cross_attention_probabilities",
@@ -45,7 +48,9 @@ __all__ = [
     "pair_documents",
     "rms_norm",
     "rms_norm_with_transpose",
+    "ssm_chunk_tokens",
     "ssm_conv",
+    "ssm_conv_chunked",
     "visible_keys",
 ]
 
@@ -170,6 +175,13 @@ def ssm_conv(
         ssm_kernel_f=ssm_kernel_f,
         backend=backend_in_use(backend, u.device),
     )
+
+
+def ssm_conv_chunked(
+    u: Tensor, system: ChunkedSystem, *, segment_ids: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """The same from the system in chunks: `spade_t5.kernels.ssm_conv.ssm_conv_chunked`."""
+    return _ssm_conv.ssm_conv_chunked(u, system, segment_ids=segment_ids, backend=backend_in_use(backend, u.device))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:

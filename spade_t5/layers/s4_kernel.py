@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spade_t5.ops import ChunkedSystem, chunked_system
+
 _MIN_DECAY = 1e-3
 
 
@@ -61,6 +63,52 @@ def s4_kernel(log_dt_D: Tensor, A_DM2: Tensor, P_DM2: Tensor, B_DM2: Tensor, C_S
     Returns:
         float64 (S, D, length), differentiable in every tensor.
     """
+    transition_DNN, input_DN, output_SDN = _discretise(log_dt_D, A_DM2, P_DM2, B_DM2, C_SDM2)
+    return kernel_by_doubling(transition_DNN, input_DN, output_SDN, length)
+
+
+def s4_system(
+    log_dt_D: Tensor, A_DM2: Tensor, P_DM2: Tensor, B_DM2: Tensor, C_SDM2: Tensor, skip_D: Tensor, chunk_tokens: int
+) -> ChunkedSystem:
+    """The same system in chunks; its powers are made by doubling, in float64.
+
+    Args:
+        log_dt_D: as of `s4_kernel`, like the next four.
+        A_DM2: see there.
+        P_DM2: see there.
+        B_DM2: see there.
+        C_SDM2: see there.
+        skip_D: weight of the token itself; its dtype is that of the result.
+        chunk_tokens: T, a power of two.
+
+    Returns:
+        dense system, differentiable in every tensor.
+    """
+    power_DNN, input_DN, output_SDN = _discretise(log_dt_D, A_DM2, P_DM2, B_DM2, C_SDM2)
+    scale_D11 = state_scale(log_dt_D)[:, None, None]
+    columns_DNT = input_DN[:, :, None] / scale_D11
+    rows_SDTN = output_SDN[:, :, None, :] * scale_D11
+    while columns_DNT.shape[2] < chunk_tokens:
+        columns_DNT = torch.cat((columns_DNT, power_DNN @ columns_DNT), dim=2)
+        rows_SDTN = torch.cat((rows_SDTN, rows_SDTN @ power_DNN), dim=2)
+        power_DNN = power_DNN @ power_DNN
+    rows_SDXN = torch.cat((rows_SDTN, rows_SDTN[:, :, :1] @ power_DNN), dim=2)
+    return chunked_system(columns_DNT, rows_SDXN, power_DNN, skip_D)
+
+
+def state_scale(log_dt_D: Tensor) -> Tensor:
+    """Unit in which states are counted: sqrt(dt) makes what enters them and what leaves them equally large.
+
+    A state sums about 1/dt tokens, each with weight dt; outputs, and states of the backward pass, are scaled the other
+    way round. The product does not change, so no gradient is needed; half precision is left the widest margin.
+    """
+    return (0.5 * log_dt_D.detach().double()).exp()
+
+
+def _discretise(
+    log_dt_D: Tensor, A_DM2: Tensor, P_DM2: Tensor, B_DM2: Tensor, C_SDM2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Abar (D, N, N), Bbar (D, N) and the output vectors (S, D, N) in real coordinates, float64."""
     log_dt_D, A_DM2, P_DM2, B_DM2, C_SDM2 = (x.double() for x in (log_dt_D, A_DM2, P_DM2, B_DM2, C_SDM2))
     decay_DM, frequency_DM = (
         torch.diag_embed(A_DM2[..., 0].exp().clamp(min=_MIN_DECAY)),
@@ -78,7 +126,7 @@ def s4_kernel(log_dt_D: Tensor, A_DM2: Tensor, P_DM2: Tensor, B_DM2: Tensor, C_S
     half_DNN = 0.5 * dt_D11 * A_DNN
     right_DNX = torch.cat((identity + half_DNN, dt_D11 * b_DN[:, :, None]), dim=2)
     solved_DNX = torch.linalg.solve(identity - half_DNN, right_DNX)
-    return kernel_by_doubling(solved_DNX[:, :, :-1], solved_DNX[:, :, -1], c_SDN, length)
+    return solved_DNX[:, :, :-1], solved_DNX[:, :, -1], c_SDN
 
 
 def kernel_by_doubling(transition_DNN: Tensor, input_DN: Tensor, output_SDN: Tensor, length: int) -> Tensor:
