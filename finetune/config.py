@@ -12,6 +12,7 @@ from spade_t5.finetune.evaluate import EvaluationConfig
 from spade_t5.finetune.registry import TASKS, TaskConfig
 from spade_t5.finetune.rows import RowsConfig
 from spade_t5.hf.loading import find_checkpoint
+from spade_t5.layers.head import TokenLossConfig
 from spade_t5.training import TrainingConfig
 
 Mode = Literal["text-to-text", "encoder-head"]
@@ -39,6 +40,8 @@ class FinetuneConfig:
     """Passes over the training rows; the run ends here or after `training.steps`, whichever comes first. Null: steps alone."""
     max_train_examples: int | None = None
     """Train on the first so many rows of the data; null: all."""
+    loss: TokenLossConfig = field(default_factory=TokenLossConfig)
+    """z-loss and label smoothing of training in text-to-text mode."""
     training: TrainingConfig
     """The engine's settings."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -48,6 +51,10 @@ class FinetuneConfig:
         """Checks the fields against each other."""
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate: {self.dropout_rate} must be at least 0 and below 1")
+        if self.mode == "encoder-head" and self.loss != TokenLossConfig():
+            raise ValueError(
+                "loss: z_loss and label_smoothing belong to mode text-to-text; leave them out with encoder-head"
+            )
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"epochs: {self.epochs} must be positive, or null")
         if self.max_train_examples is not None and self.max_train_examples < 1:

@@ -66,11 +66,7 @@ def finetune(config: FinetuneConfig, *, resume: str = "auto") -> Path:
     if distributed.is_main():
         tokenizer.save_pretrained(config.run_dir / "tokenizer")
     objective: Objective = (
-        Seq2SeqObjective(
-            decoder_start_token_id=model.config.decoder_start_token_id, pad_token_id=tokenizer.pad_token_id
-        )
-        if head_outputs is None
-        else ClassificationObjective(head_outputs)
+        Seq2SeqObjective(config.loss) if head_outputs is None else ClassificationObjective(head_outputs)
     )
     trainer = Trainer(
         model=model,

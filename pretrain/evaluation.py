@@ -67,9 +67,7 @@ def evaluate_held_out(
     model = load_model(checkpoint, SpadeT5ForConditionalGeneration, device=distributed.device())
     target_counts = _target_counts(train, unigram_rows, model.config.vocab_size)
     log_frequency_V = torch.log(target_counts / target_counts.sum())
-    scorer = Seq2SeqObjective(
-        decoder_start_token_id=model.config.decoder_start_token_id, pad_token_id=store.tokenizer.pad_token_id
-    )
+    scorer = Seq2SeqObjective()
     far = max(1, held_out.num_rows // 2)  # neighbours may be parts of one document
     loss = shuffled = unigram = 0.0
     num_targets = 0

@@ -7,6 +7,7 @@ from typing import Any
 from spade_t5.config import to_mapping
 from spade_t5.hf.loading import build_model, load_model, resolve_model_config
 from spade_t5.hf.tokenizer import check_vocabulary, load_tokenizer, tokenizer_hash
+from spade_t5.layers.head import TokenLossConfig
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
 from spade_t5.pretrain.objectives import SpanCorruption
 from spade_t5.pretrain.rows import SpanCorruptionRows
@@ -38,6 +39,8 @@ class PretrainConfig:
     """Token store."""
     objective: SpanCorruption = field(default_factory=SpanCorruption)
     """How tokens become inputs and targets."""
+    loss: TokenLossConfig = field(default_factory=TokenLossConfig)
+    """z-loss and label smoothing of training."""
     training: TrainingConfig
     """Steps, batches, optimizer, precision, saving."""
 
@@ -77,9 +80,7 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto") -> Path:
         tokenizer.save_pretrained(config.run_dir / "tokenizer")
     trainer = Trainer(
         model=model,
-        objective=Seq2SeqObjective(
-            decoder_start_token_id=model_config.decoder_start_token_id, pad_token_id=store.tokenizer.pad_token_id
-        ),
+        objective=Seq2SeqObjective(config.loss),
         train_rows=train_rows,
         eval_rows=eval_rows,
         config=config.training,

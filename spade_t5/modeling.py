@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from spade_t5.configuration import SpadeT5Config
 from spade_t5.layers.decoder import DecoderStack
 from spade_t5.layers.encoder import EncoderStack, StackOutput
-from spade_t5.layers.projection import Projection
+from spade_t5.layers.head import LanguageModelHead, TokenLossConfig
 from spade_t5.layers.segments import SourceView, segments_from_mask, shift_right
 from spade_t5.layers.ssm import SSMMixer
 
@@ -277,7 +277,7 @@ class SpadeT5ForConditionalGeneration(SpadeT5EncoderDecoder, GenerationMixin):
 
     def __init__(self, config: SpadeT5Config) -> None:
         super().__init__(config)
-        self.lm_head = Projection(config.d_model, config.vocab_size, std=config.initial_head_std)
+        self.lm_head = LanguageModelHead(config.d_model, config.vocab_size, std=config.initial_head_std)
         self.post_init()
 
     @can_return_tuple
@@ -292,6 +292,7 @@ class SpadeT5ForConditionalGeneration(SpadeT5EncoderDecoder, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        token_loss: TokenLossConfig | None = None,
         segment_ids: Tensor | None = None,
         decoder_segment_ids: Tensor | None = None,
         use_cache: bool | None = None,
@@ -310,6 +311,7 @@ class SpadeT5ForConditionalGeneration(SpadeT5EncoderDecoder, GenerationMixin):
             inputs_embeds: as there.
             decoder_inputs_embeds: as there.
             labels: target ids (B, T), -100 = ignored.
+            token_loss: with labels: only compute their summed loss, straight from the decoder states, and no logits.
             segment_ids: as there.
             decoder_segment_ids: as there.
             use_cache: as there; with labels no cache is kept unless asked for.
@@ -317,7 +319,8 @@ class SpadeT5ForConditionalGeneration(SpadeT5EncoderDecoder, GenerationMixin):
             output_hidden_states: as there.
 
         Returns:
-            `logits` (B, T, V), with labels also `loss`: mean cross-entropy over the labels that are not ignored.
+            `logits` (B, T, V), with labels also `loss`: mean cross-entropy over the labels that are not ignored. With
+            `token_loss` only `loss`, the sum over those labels.
 
         Raises:
             ValueError: as there.
@@ -331,9 +334,13 @@ class SpadeT5ForConditionalGeneration(SpadeT5EncoderDecoder, GenerationMixin):
         past_key_values = self._cache(past_key_values, use_cache, decoder_segment_ids is not None)
         encoded = self._encode(input_ids, attention_mask, inputs_embeds, segment_ids, encoder_outputs, wanted)
         decoded = self._decode(encoded, decoder_input_ids, decoder_inputs_embeds, *target_view, past_key_values, wanted)
-        logits_BTV = self.lm_head(decoded.last_hidden_state * self.config.logit_scale)
-        loss = None
-        if labels is not None:
+        states_BTD = decoded.last_hidden_state * self.config.logit_scale
+        loss = logits_BTV = None
+        if labels is not None and token_loss is not None:
+            loss = self.lm_head(states_BTD, labels.to(states_BTD.device), token_loss)
+        else:
+            logits_BTV = self.lm_head(states_BTD)
+        if labels is not None and logits_BTV is not None:
             loss = F.cross_entropy(at_least_fp32(logits_BTV).flatten(0, 1), labels.to(logits_BTV.device).flatten())
         return Seq2SeqLMOutput(
             loss=loss,

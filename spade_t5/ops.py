@@ -58,15 +58,18 @@ _logger = logging.getLogger(__name__)
 _configured = "auto"
 
 
-def configure_backend(name: str) -> None:
-    """Set the backend of all ops of this process, as a run's config does; "auto" leaves it to SPADE_T5_BACKEND.
+def configure_backend(name: str, device: torch.device) -> None:
+    """Set the backend of all ops of this process, as a run's config does, and see that it can serve.
+
+    Args:
+        name: "auto" leaves the choice to SPADE_T5_BACKEND.
+        device: where the tensors will be.
 
     Raises:
-        ConfigError: no such backend. Whether it can serve shows at the first op, when the device is known.
+        ConfigError: the backend, or the one that SPADE_T5_BACKEND names, does not exist or cannot serve.
     """
     global _configured
-    if name not in BACKENDS:
-        raise ConfigError(f"backend={name!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
+    _check(*_source_and_name(name), device.type)
     _configured = name
 
 
@@ -92,17 +95,25 @@ def backend_in_use(backend: str = "auto", device: torch.device | None = None) ->
 # torch.compile takes the answer as a constant: it must not trace the environment or the log.
 @torch.compiler.assume_constant_result
 def _default_backend(device_type: str) -> str:
-    if _configured != "auto":
-        return _resolved("backend", _configured, device_type)
-    return _resolved("environment variable SPADE_T5_BACKEND", os.environ.get("SPADE_T5_BACKEND", "auto"), device_type)
+    return _announced(*_source_and_name(_configured), device_type)
+
+
+def _source_and_name(configured: str) -> tuple[str, str]:
+    if configured != "auto":
+        return "kernel_backend", configured
+    return "environment variable SPADE_T5_BACKEND", os.environ.get("SPADE_T5_BACKEND", "auto")
+
+
+def _check(source: str, name: str, device_type: str) -> str:
+    try:
+        return choose_backend(name, torch.device(device_type))
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 @cache
-def _resolved(source: str, name: str, device_type: str) -> str:
-    try:
-        chosen = choose_backend(name, torch.device(device_type))
-    except ValueError as error:
-        raise ConfigError(f"{source}: {error}") from error
+def _announced(source: str, name: str, device_type: str) -> str:
+    chosen = _check(source, name, device_type)
     _logger.info("SPADE-T5 ops run on backend %r (device %s, %s=%s)", chosen, device_type, source, name)
     return chosen
 

@@ -70,6 +70,6 @@ def cross_attention(
 
     if choose_backend(backend, q.device) == "naive":
         return cross_attention_naive(q, k, v, visible_keys(query_documents, key_documents), dropout_p)
-    if pairs is not None and can_go_per_document(q, dropout_p):
+    if pairs is not None and can_go_per_document(q, pairs, dropout_p):
         return cross_attention_per_document(q, k, v, pairs, dropout_p)
     return cross_attention_sdpa(q, k, v, visible_keys(query_documents, key_documents), dropout_p)

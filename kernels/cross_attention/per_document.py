@@ -29,6 +29,8 @@ class DocumentPairs:
     """Length of the longest target document."""
     max_keys: int
     """Length of the longest source document."""
+    is_empty: bool
+    """No target document has a source."""
 
 
 def pair_documents(query_documents_BT: Tensor | None, key_documents_BL: Tensor, num_queries: int) -> DocumentPairs:
@@ -50,7 +52,7 @@ def pair_documents(query_documents_BT: Tensor | None, key_documents_BL: Tensor, 
         query_documents_BT = key_documents_BL.new_ones(batch, num_queries)
         key_documents_BL = (key_documents_BL != 0).long()
     documents_a_row = int(torch.maximum(query_documents_BT.max(), key_documents_BL.max()))
-    positions, ends, longest = [], [], []
+    positions, ends, counts = [], [], []
     for documents in (query_documents_BT, key_documents_BL):
         tokens = documents.flatten().nonzero()[:, 0]
         rows = tokens // documents.shape[1]
@@ -59,8 +61,10 @@ def pair_documents(query_documents_BT: Tensor | None, key_documents_BL: Tensor, 
         )
         positions.append(tokens)
         ends.append(F.pad(counts_N.cumsum(dim=0), (1, 0)).to(torch.int32))
-        longest.append(int(counts_N.max()) if counts_N.numel() else 0)
-    return DocumentPairs(positions[0], positions[1], ends[0], ends[1], longest[0], longest[1])
+        counts.append(counts_N)
+    longest = [int(counts_N.max()) if len(counts_N) else 0 for counts_N in counts]
+    is_empty = not bool(((counts[0] > 0) & (counts[1] > 0)).any())
+    return DocumentPairs(positions[0], positions[1], ends[0], ends[1], longest[0], longest[1], is_empty)
 
 
 def cross_attention_per_document(
@@ -75,9 +79,13 @@ def cross_attention_per_document(
     return o_XHK.index_copy(0, pairs.queries_P, o_PHK).view(*q_BTHK.shape)
 
 
-def can_go_per_document(q: Tensor, dropout_p: float) -> bool:
-    """Whether `cross_attention_per_document` serves: FlashAttention takes half precision only and no dropout here."""
-    return not q.is_cuda or (dropout_p == 0.0 and q.dtype in (torch.bfloat16, torch.float16))
+def can_go_per_document(q: Tensor, pairs: DocumentPairs, dropout_p: float) -> bool:
+    """Whether `cross_attention_per_document` serves.
+
+    FlashAttention takes half precision only and no dropout here. And where no query sees a key, nothing would tie the
+    output to keys and values, whose projections need a gradient, of zeros, on every rank alike (ZeRO 3 waits for it).
+    """
+    return not pairs.is_empty and (not q.is_cuda or (dropout_p == 0.0 and q.dtype in (torch.bfloat16, torch.float16)))
 
 
 def _by_flash_attention(q_PHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, pairs: DocumentPairs, dropout_p: float) -> Tensor:
@@ -102,4 +110,4 @@ def _one_by_one(q_PHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, pairs: DocumentPair
         q_HTK, k_HLK, v_HLK = (x.transpose(0, 1)[None] for x in (q_THK, k_LHK, v_LHK))
         o_HTK = F.scaled_dot_product_attention(q_HTK, k_HLK, v_HLK, dropout_p=dropout_p, scale=1.0)
         outputs.append(o_HTK[0].transpose(0, 1))
-    return torch.cat(outputs) if outputs else q_PHK
+    return torch.cat(outputs)

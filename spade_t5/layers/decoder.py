@@ -47,23 +47,27 @@ class DecoderLayer(nn.Module):
         Returns:
             output (B, T, D), self-attention weights or None, cross-attention weights or None.
         """
-        h_BTD = self._before(self.self_attention_norm, x_BTD)
+        dropout_p = self.dropout.p if self.training else 0.0
+        h_BTD = self.self_attention_norm(x_BTD) if self.is_pre_norm else x_BTD
         a_BTD, weights = self.self_attention(h_BTD, offset_bias, segment_ids_BT, cache, self.layer_index, with_weights)
-        x_BTD = self._after(self.self_attention_norm, x_BTD + self.dropout(a_BTD))
-        h_BTD = self._before(self.cross_attention_norm, x_BTD)
+        x_BTD, h_BTD = self._add(a_BTD, x_BTD, self.self_attention_norm, self.cross_attention_norm, dropout_p)
         a_BTD, cross_weights = self.cross_attention(
             h_BTD, encoder_BLD, source_view, cache, self.layer_index, with_weights
         )
-        x_BTD = self._after(self.cross_attention_norm, x_BTD + self.dropout(a_BTD))
-        h_BTD = self._before(self.feed_forward_norm, x_BTD)
-        x_BTD = self._after(self.feed_forward_norm, x_BTD + self.dropout(self.feed_forward(h_BTD)))
-        return x_BTD, weights, cross_weights
+        x_BTD, h_BTD = self._add(a_BTD, x_BTD, self.cross_attention_norm, self.feed_forward_norm, dropout_p)
+        f_BTD = self.feed_forward(h_BTD)
+        if self.is_pre_norm:
+            return x_BTD + self.dropout(f_BTD), weights, cross_weights
+        return self.feed_forward_norm(f_BTD, x_BTD, dropout_p)[1], weights, cross_weights
 
-    def _before(self, norm: nn.Module, x_BTD: Tensor) -> Tensor:
-        return norm(x_BTD) if self.is_pre_norm else x_BTD
-
-    def _after(self, norm: nn.Module, x_BTD: Tensor) -> Tensor:
-        return x_BTD if self.is_pre_norm else norm(x_BTD)
+    def _add(
+        self, branch_BTD: Tensor, x_BTD: Tensor, own_norm: nn.Module, next_norm: nn.Module, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after a branch, and what the next branch reads."""
+        if self.is_pre_norm:
+            return next_norm(branch_BTD, x_BTD, dropout_p)
+        _, x_BTD = own_norm(branch_BTD, x_BTD, dropout_p)
+        return x_BTD, x_BTD
 
 
 class DecoderStack(nn.Module):

@@ -16,7 +16,7 @@ from spade_t5.layers.attention import LocalSelfAttention
 from spade_t5.layers.config import LayersConfig
 from spade_t5.layers.feed_forward import FEED_FORWARDS
 from spade_t5.layers.fusion import FUSIONS, Fusion
-from spade_t5.layers.norm import make_norm
+from spade_t5.layers.norm import TransposingRMSNorm, make_norm
 from spade_t5.layers.position_bias import RelativeAttentionBias
 from spade_t5.layers.segments import chunk_segments
 from spade_t5.layers.ssm import GLOBAL_MIXERS
@@ -42,7 +42,11 @@ class EncoderLayer(nn.Module):
         super().__init__()
         norm_arguments = (config.norm_type, config.d_model, config.layer_norm_epsilon)
         self.is_pre_norm = config.norm_placement == "pre"
-        self.self_attention_norm = make_norm(*norm_arguments)
+        # a global layer's norm also lays its result out for the mixer
+        transposes = is_global and self.is_pre_norm and config.norm_type == "rms"
+        self.self_attention_norm = (
+            TransposingRMSNorm(config.d_model, config.layer_norm_epsilon) if transposes else make_norm(*norm_arguments)
+        )
         self.self_attention = LocalSelfAttention(
             config.d_model,
             config.num_heads,
@@ -94,18 +98,23 @@ class EncoderLayer(nn.Module):
         if self.relative_attention_bias is not None:
             offset_bias = self.relative_attention_bias(self.bias_reach_tokens)
         h_BLD = self.self_attention_norm(x_BLD) if self.is_pre_norm else x_BLD
+        mixer_input_BLD = h_BLD
+        if isinstance(h_BLD, tuple):
+            h_BLD, mixer_input_BLD = h_BLD
         if self.global_mixer is None or self.fusion is None:
             a_BLD, weights = self.self_attention(h_BLD, offset_bias, attention_segment_ids_BL, with_weights)
         else:
-            g_BLD = self.global_mixer(h_BLD, segment_ids_BL)
+            g_BLD = self.global_mixer(mixer_input_BLD, segment_ids_BL)
             local_input_BLD = g_BLD if self.fusion.serial else h_BLD
             a_BLD, weights = self.self_attention(local_input_BLD, offset_bias, attention_segment_ids_BL, with_weights)
             a_BLD = self.fusion(g_BLD, a_BLD)
-        x_BLD = x_BLD + self.dropout(a_BLD)
+        dropout_p = self.dropout.p if self.training else 0.0
         if self.is_pre_norm:
-            return x_BLD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BLD))), weights
-        x_BLD = self.self_attention_norm(x_BLD)
-        return self.feed_forward_norm(x_BLD + self.dropout(self.feed_forward(x_BLD))), weights
+            x_BLD, h_BLD = self.feed_forward_norm(a_BLD, x_BLD, dropout_p)
+            return x_BLD + self.dropout(self.feed_forward(h_BLD)), weights
+        _, x_BLD = self.self_attention_norm(a_BLD, x_BLD, dropout_p)
+        _, x_BLD = self.feed_forward_norm(self.feed_forward(x_BLD), x_BLD, dropout_p)
+        return x_BLD, weights
 
 
 class EncoderStack(nn.Module):

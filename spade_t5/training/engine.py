@@ -232,8 +232,7 @@ def start(config: TrainingConfig) -> None:
             cannot serve.
     """
     distributed.die_with_parent()
-    ops.configure_backend(config.kernel_backend)
-    ops.backend_in_use("auto", distributed.device())
+    ops.configure_backend(config.kernel_backend, distributed.device())
     if distributed.device().type == "cpu":
         keep_freed_memory()
     if config.deepspeed is not None:

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_t5.layers.segments import shift_right
+from spade_t5.layers.head import TokenLossConfig
 from spade_t5.training.data import Batch
 
 IGNORED_LABEL = -100
+PLAIN_CROSS_ENTROPY = TokenLossConfig()
 
 
 class Objective(Protocol):
@@ -29,28 +30,23 @@ class Objective(Protocol):
 
 
 class Seq2SeqObjective:
-    """Cross-entropy of the target tokens: sum over valid t of -log p(label_t | labels before t, inputs)."""
+    """Cross-entropy of the target tokens: sum over valid t of -log p(label_t | labels before t, inputs).
 
-    def __init__(self, *, decoder_start_token_id: int, pad_token_id: int) -> None:
-        """Takes the ids that the right shift of the labels puts at starts and at padding."""
-        self._start_id = decoder_start_token_id
-        self._pad_id = pad_token_id
+    While the model trains, z-loss and label smoothing come on top, if configured; in evaluation the sum is as above.
+    """
+
+    def __init__(self, token_loss: TokenLossConfig = PLAIN_CROSS_ENTROPY) -> None:
+        """Takes what training adds."""
+        self._token_loss = token_loss
 
     def num_targets(self, batch: Batch) -> int:
         """Number of target tokens."""
         return int((batch["labels"] != IGNORED_LABEL).sum())
 
     def summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy summed over the target tokens."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        labels = batch["labels"]
-        inputs["decoder_input_ids"] = shift_right(
-            labels, start_id=self._start_id, pad_id=self._pad_id, segment_ids_BT=batch.get("decoder_segment_ids")
-        )
-        logits = model(**inputs, use_cache=False).logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-        )
+        """Loss summed over the target tokens, from the decoder states, without logits."""
+        token_loss = self._token_loss if model.training else PLAIN_CROSS_ENTROPY
+        return model(**batch, token_loss=token_loss, use_cache=False).loss
 
 
 class ClassificationObjective:

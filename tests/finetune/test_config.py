@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from spade_t5.config import apply_overrides, from_mapping, read_yaml, to_mapping
+from spade_t5.errors import ConfigError
 from spade_t5.finetune.config import FinetuneConfig
 
 RECIPES = sorted(Path(str(files("spade_t5") / "configs" / "finetune")).glob("*.yaml"))
@@ -33,3 +34,9 @@ def test_the_overrides_that_the_recipes_name_work() -> None:
     assert config.model["init_from"] == "runs/a"
     words = ["model.init_from=null", "model.preset=tiny", "tokenizer=runs/tokenizer"]
     assert from_mapping(FinetuneConfig, apply_overrides(read_yaml(pretrained), words)).model["preset"] == "tiny"
+
+
+def test_token_losses_belong_to_text_to_text() -> None:
+    encoder = read_yaml(RECIPES[0].with_name("sst2-encoder.yaml"))
+    with pytest.raises(ConfigError, match=r"loss: z_loss and label_smoothing belong to mode text-to-text"):
+        from_mapping(FinetuneConfig, apply_overrides(encoder, ["loss.z_loss=1e-4"]))

@@ -181,11 +181,7 @@ def test_packing_changes_neither_the_summed_loss_nor_the_gradients(num_outputs: 
     model_config = SpadeT5Config.from_preset("tiny", vocab_size=128, **TINY, num_labels=num_outputs or 2)
     cls = SpadeT5ForConditionalGeneration if num_outputs is None else SpadeT5ForSequenceClassification
     model = cls(model_config).double().eval()
-    objective = (
-        Seq2SeqObjective(decoder_start_token_id=0, pad_token_id=0)
-        if num_outputs is None
-        else ClassificationObjective(num_outputs)
-    )
+    objective = Seq2SeqObjective() if num_outputs is None else ClassificationObjective(num_outputs)
     outcomes = []
     for rows in ([(0, 1, 2), (), (3, 4)], [(i,) for i in range(5)]):
         source = ExampleRows(examples, rows, pad_token_id=0, num_outputs=num_outputs)

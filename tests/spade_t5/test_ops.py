@@ -14,7 +14,7 @@ from spade_t5.kernels import backend
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPADE_T5_BACKEND", raising=False)
     monkeypatch.setattr(ops, "_configured", "auto")
-    ops._resolved.cache_clear()
+    ops._announced.cache_clear()
 
 
 def test_auto_is_torch_and_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -33,10 +33,15 @@ def test_environment_chooses_and_argument_wins(monkeypatch: pytest.MonkeyPatch) 
 
 def test_config_wins_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPADE_T5_BACKEND", "naive")
-    ops.configure_backend("torch")
+    cpu = torch.device("cpu")
+    ops.configure_backend("torch", cpu)
     assert ops.backend_in_use() == "torch"
-    with pytest.raises(ConfigError, match=r"backend='flash' is unknown; use one of 'auto', 'triton', 'torch', 'naive'"):
-        ops.configure_backend("flash")
+    with pytest.raises(ConfigError, match=r"kernel_backend: backend='flash' is unknown; use one of 'auto', 'triton'"):
+        ops.configure_backend("flash", cpu)
+    monkeypatch.setattr(backend, "_IS_INTERPRETED", False)
+    with pytest.raises(ConfigError, match=r"kernel_backend: backend='triton': Triton kernels cannot run: .* on cpu"):
+        ops.configure_backend("triton", cpu)
+    assert ops.backend_in_use() == "torch"
 
 
 def test_a_backend_that_cannot_serve_reaches_every_op_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

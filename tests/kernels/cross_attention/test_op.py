@@ -65,13 +65,13 @@ def test_pairs_are_as_documented() -> None:
     assert (pairs.max_queries, pairs.max_keys) == (2, 2)
 
 
-def test_rows_of_padding_alone() -> None:
-    tensors = inputs(1, 2, 3)
-    nothing = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
-    o = cross_attention(
-        *tensors, query_documents=nothing[0], key_documents=nothing[1], pairs=pair_documents(*nothing, 2)
-    )
-    assert (o == 0).all()
+@pytest.mark.parametrize("ids", [(0, 0), (1, 0), (0, 1), (1, 2)])
+def test_rows_without_any_pair_give_zeros_and_zero_gradients(ids: tuple[int, int]) -> None:
+    query_documents, key_documents = torch.full((1, 2), ids[0]), torch.full((1, 3), ids[1])
+    pairs = pair_documents(query_documents, key_documents, 2)
+    options = {"query_documents": query_documents, "key_documents": key_documents, "pairs": pairs}
+    for tensor in output_and_gradients(inputs(1, 2, 3), **options):
+        assert (tensor == 0).all()
 
 
 def test_dropout_keeps_the_expectation_on_both_paths() -> None:

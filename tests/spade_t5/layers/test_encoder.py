@@ -18,7 +18,7 @@ def make_layer(**options: object) -> EncoderLayer:
 def test_pre_norm_global_layer(fusion: str) -> None:
     """h = norm(x); a = fuse(S4(h), attention(h)); x + a; then the feed-forward."""
     layer, x, bias = make_layer(fusion=fusion), torch.randn(1, 10, 16), torch.randn(2, 7)
-    h = layer.self_attention_norm(x)
+    h = layer.self_attention_norm(x)[0]
     g = layer.global_mixer(h, None)
     a = layer.fusion(g, layer.self_attention(g if fusion == "stack" else h, bias, None)[0])
     y = x + a

@@ -53,7 +53,7 @@ def observe(zero_stage: int, run_dir: Path) -> dict[str, object]:
 
     trainer = Trainer(
         model=model,
-        objective=Seq2SeqObjective(decoder_start_token_id=0, pad_token_id=0),
+        objective=Seq2SeqObjective(),
         train_rows=Rows(),
         eval_rows=None,
         config=config,

@@ -66,7 +66,7 @@ def make_trainer() -> Callable[..., Trainer]:
         }
         return Trainer(
             model=build_model(SpadeT5ForConditionalGeneration, config, seed=0),
-            objective=Seq2SeqObjective(decoder_start_token_id=0, pad_token_id=0),
+            objective=Seq2SeqObjective(),
             train_rows=train_rows or RandomRows(),
             eval_rows=RandomRows(7),
             config=TrainingConfig(**values),

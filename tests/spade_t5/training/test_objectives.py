@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spade_t5.configuration import SpadeT5Config
+from spade_t5.layers.head import TokenLossConfig
+from spade_t5.modeling import SpadeT5ForConditionalGeneration
 from spade_t5.training.objectives import ClassificationObjective, Seq2SeqObjective
 
 
@@ -23,37 +27,59 @@ class Scores(nn.Module):
         return SimpleNamespace(logits=self.logits)
 
 
-def test_seq2seq_sums_over_present_labels_and_shifts_them_right() -> None:
-    labels = torch.tensor([[4, 2, 1, -100], [3, 1, -100, -100]])
-    model = Scores(torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)))
-    objective = Seq2SeqObjective(decoder_start_token_id=5, pad_token_id=0)
-    batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "labels": labels}
-    loss = objective.summed_loss(model, batch)
-    places = [(0, 0, 4), (0, 1, 2), (0, 2, 1), (1, 0, 3), (1, 1, 1)]
-    expected = sum(torch.logsumexp(model.logits[b, t], 0) - model.logits[b, t, label] for b, t, label in places)
-    torch.testing.assert_close(loss, expected)
-    assert objective.num_targets(batch) == 5
-    assert model.inputs["decoder_input_ids"].tolist() == [[5, 4, 2, 1], [5, 3, 1, 0]]
-    assert "labels" not in model.inputs
+def make_model() -> SpadeT5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
+    config = SpadeT5Config(vocab_size=23, d_state=8, local_radius=3, dropout_rate=0.0, **sizes)
+    return SpadeT5ForConditionalGeneration(config)
 
 
-def test_seq2seq_starts_every_document_of_a_packed_row() -> None:
-    batch = {
-        "input_ids": torch.ones(1, 4, dtype=torch.int64),
-        "segment_ids": torch.tensor([[1, 1, 2, 0]]),
-        "labels": torch.tensor([[4, 1, 3, 2, 1, -100]]),
-        "decoder_segment_ids": torch.tensor([[1, 1, 2, 2, 2, 0]]),
+def packed_batch() -> dict[str, Tensor]:
+    return {
+        "input_ids": torch.tensor([[4, 5, 6, 7, 8, 0], [9, 9, 3, 1, 2, 2]]),
+        "segment_ids": torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]),
+        "labels": torch.tensor([[4, 1, 3, 2, 1, -100], [8, 9, 7, -100, 1, 5]]),
+        "decoder_segment_ids": torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]]),
     }
-    model = Scores(torch.zeros(1, 6, 8))
-    Seq2SeqObjective(decoder_start_token_id=7, pad_token_id=0).summed_loss(model, batch)
-    assert model.inputs["decoder_input_ids"].tolist() == [[7, 4, 7, 3, 2, 0]]
-    assert torch.equal(model.inputs["segment_ids"], batch["segment_ids"])
+
+
+def test_seq2seq_sums_over_present_labels() -> None:
+    model, batch = make_model(), packed_batch()
+    loss = Seq2SeqObjective().summed_loss(model, batch)
+    # the model shifts the labels right itself, here too
+    logits = model(**batch).logits
+    places = [(b, t, int(label)) for b in range(2) for t, label in enumerate(batch["labels"][b]) if label != -100]
+    expected = sum(torch.logsumexp(logits[b, t], 0) - logits[b, t, label] for b, t, label in places)
+    torch.testing.assert_close(loss, expected)
+    assert Seq2SeqObjective().num_targets(batch) == len(places) == 10
+
+
+def test_training_adds_z_loss_and_smoothing_and_evaluation_does_not() -> None:
+    model, batch = make_model(), packed_batch()
+    objective = Seq2SeqObjective(TokenLossConfig(z_loss=0.01, label_smoothing=0.1))
+    is_label = batch["labels"] != -100
+    logits = model(**batch).logits[is_label]
+    z = torch.logsumexp(logits, dim=-1)
+    smoothed = F.cross_entropy(logits, batch["labels"][is_label], label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(objective.summed_loss(model.train(), batch), smoothed + 0.01 * z.square().sum())
+    plain = Seq2SeqObjective().summed_loss(model, batch)
+    torch.testing.assert_close(objective.summed_loss(model.eval(), batch), plain)
+
+
+def test_a_batch_without_targets_gives_every_parameter_a_zero_gradient() -> None:
+    model = make_model()
+    batch = {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "labels": torch.full((1, 2), -100)}
+    loss = Seq2SeqObjective().summed_loss(model, batch)
+    loss.backward()
+    assert Seq2SeqObjective().num_targets(batch) == 0
+    assert float(loss.detach()) == 0.0
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad and p.grad is not None)
+    assert model.lm_head.weight.grad is not None
 
 
 @pytest.mark.parametrize(
     ("objective", "logits", "labels"),
     [
-        (Seq2SeqObjective(decoder_start_token_id=0, pad_token_id=0), torch.zeros(1, 2, 6), torch.full((1, 2), -100)),
         (ClassificationObjective(3), torch.zeros(1, 2, 3), torch.full((1, 2), -100)),
         (ClassificationObjective(1), torch.zeros(1, 2, 1), torch.full((1, 2), torch.nan)),
     ],
