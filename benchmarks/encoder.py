@@ -18,6 +18,7 @@ import torch
 
 from spade_t5 import SpadeT5Config, SpadeT5EncoderModel
 from spade_t5.benchmarks import report, script
+from spade_t5.benchmarks.resident_memory import resident_bytes
 from spade_t5.training.host_memory import keep_freed_memory
 
 LENGTHS = (2048, 4096, 8192, 16384)
@@ -64,17 +65,9 @@ def _peak_bytes_here(preset: str, length: int, threads: int) -> int:
     torch.set_num_threads(threads)
     encoder = build_encoder(preset)
     timed_step(encoder, 64)
-    resident_bytes = _memory_bytes("VmRSS")
+    before_bytes = resident_bytes()
     timed_step(encoder, length)
-    return _memory_bytes("VmHWM") - resident_bytes
-
-
-def _memory_bytes(field: str) -> int:
-    """An entry of the process's status; getrusage would count the peak of the parent process too."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: peak memory can be measured on Linux only")
+    return resident_bytes(peak=True) - before_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,8 @@
 """What every benchmark records beside its numbers, and the form in which it is kept: one JSON file a run."""
 
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -14,7 +16,7 @@ import transformers
 
 def circumstances() -> dict[str, Any]:
     """Machine, its load (of this run and of others), versions, threads and date."""
-    return {
+    found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor_name(),
         "threads": torch.get_num_threads(),
@@ -23,7 +25,11 @@ def circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
     }
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
@@ -44,7 +50,9 @@ def write(name: str, results: dict[str, Any], out_dir: Path) -> Path:
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "circumstances": circumstances(), **results}, indent=1) + "\n")
+    partial = out_dir / f".{name}.json.tmp"
+    partial.write_text(json.dumps({"benchmark": name, "circumstances": circumstances(), **results}, indent=1) + "\n")
+    partial.replace(path)  # a run that is ended here leaves the file it wrote before
     return path
 
 

@@ -12,6 +12,7 @@ from spade_t5.errors import ConfigError
 HANDS_ON_WORDS = True
 
 BENCHMARKS = {
+    "kernels": ("kernels.command", "every op of the model, forward and backward, beside its peers"),
     "encoder": ("encoder", "the encoder's time per token and memory as rows get longer"),
     "step": ("step", "a training step beside Hugging Face's T5 and LongT5"),
     "data": ("span_corruption", "span corruption beside the usual collator"),
