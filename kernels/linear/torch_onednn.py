@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 # Below this many rows the call costs more than the faster product saves.
 _MIN_ROWS = 16
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return y = x weight' + bias; arguments and result as of `linear`, unchecked."""
@@ -31,8 +33,8 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= _MIN_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and not torch.compiler.is_compiling()  # inductor chooses the library itself
+        and _HAS_ONEDNN
     )
 
 
