@@ -15,7 +15,7 @@ from torch import Tensor
 from spade_t5.kernels.launch import LaunchConfig, launch_config
 from spade_t5.kernels.rms_norm.triton_kernels import rms_norm_bwd_kernel, rms_norm_fwd_kernel
 
-_SMALLEST_CLASS, _LARGEST_CLASS = 128, 16384
+_SMALLEST_CLASS, _LARGEST_CLASS = 128, 8192
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -225,7 +225,7 @@ def test_wrong_use_is_refused() -> None:
     x, weight = torch.ones(2, 4), torch.ones(4)
     with pytest.raises(ValueError, match=r"residual is float64: the Triton kernels take float32"):
         add_rms_norm(x, x.double(), weight, EPS, backend="triton")
-    with pytest.raises(ValueError, match=r"x has 20000 columns; the Triton kernels take 16384: use backend 'torch'"):
+    with pytest.raises(ValueError, match=r"x has 20000 columns; the Triton kernels take 8192: use backend 'torch'"):
         rms_norm(torch.ones(1, 20000), torch.ones(20000), EPS, backend="triton")
 
 
