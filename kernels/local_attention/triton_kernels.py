@@ -137,11 +137,29 @@ def _load_ids(p_ids, o_row, L, PADDING: tl.constexpr):
 
 
 @triton.jit
-def _is_kept(b_seed, i_sequence, o_query, o_key, drop_below):
-    """Whether dropout keeps a weight: a pure function of the seed, the head of the batch, the query and the key."""
-    b_counter = o_query * 0 + o_key * 0
-    b_bits, _, _, _ = tl.philox(b_seed, b_counter + o_query, b_counter + o_key, b_counter + i_sequence, b_counter)
-    return (b_bits >> 1).to(tl.int32) >= drop_below
+def _mix(b_x):
+    """MurmurHash3's finaliser of 32 bits: one to one, and every bit of the result depends on every bit of `b_x`."""
+    b_x = (b_x ^ (b_x >> 16)) * 0x85EBCA6B
+    b_x = (b_x ^ (b_x >> 13)) * 0xC2B2AE35
+    return b_x ^ (b_x >> 16)
+
+
+@triton.jit
+def _dropout_keys(p_seed, i_sequence):
+    """Draw two random words, for the queries and the keys of one head of one row of the batch."""
+    b_zero = i_sequence * 0
+    b_query_key, b_key_key, _, _ = tl.philox(tl.load(p_seed), i_sequence, b_zero, b_zero, b_zero)
+    return b_query_key, b_key_key
+
+
+@triton.jit
+def _is_kept(b_query_words, b_key_words, drop_below):
+    """Whether dropout keeps a weight: a pure function of seed, head, query and key, at any tile size.
+
+    Philox for each weight would cost some hundred instructions, ten times the softmax; here it draws a key for each
+    head only, and each weight mixes the word of its query with that of its key.
+    """
+    return (_mix(b_query_words ^ b_key_words) >> 1).to(tl.int32) >= drop_below
 
 
 @triton.jit(do_not_specialize=["L", "left", "right", "rel_first", "gap0_at", "gap0", "gap1_at", "gap1", "drop_below"])
@@ -208,7 +226,8 @@ def local_attention_fwd_kernel(
         p_ids += i_batch * L
         b_query_ids = _load_ids(p_ids, o_query, L, -1)
     if DROPOUT:
-        b_seed = tl.load(p_seed)
+        b_query_key, b_key_key = _dropout_keys(p_seed, i_sequence)
+        b_query_words = _mix(o_query.to(tl.uint32) ^ b_query_key)[:, None]
 
     b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -234,7 +253,8 @@ def local_attention_fwd_kernel(
         b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
         b_max = b_new_max
         if DROPOUT:
-            b_p = tl.where(_is_kept(b_seed, i_sequence, o_query[:, None], o_key[None, :], drop_below), b_p, 0.0)
+            b_key_words = _mix(o_key.to(tl.uint32) ^ b_key_key)[None, :]
+            b_p = tl.where(_is_kept(b_query_words, b_key_words, drop_below), b_p, 0.0)
         b_v = _load_rows(p_v + tl.cast(i_n, tl.int64) * stride_vl, o_vn, o_key, L, IS_RAGGED, UPCAST)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], input_precision="ieee")
 
@@ -357,13 +377,12 @@ def local_attention_bwd_dq_kernel(
         p_ids += i_batch * L
         b_query_ids = _load_ids(p_ids, o_query, L, -1)
     if DROPOUT:
-        b_seed = tl.load(p_seed)
+        b_query_key, b_key_key = _dropout_keys(p_seed, i_sequence)
+        b_query_words = _mix(o_query.to(tl.uint32) ^ b_query_key)[:, None]
     if BIAS_GRADIENT:
         tl.static_assert(BLOCK_M == BLOCK_N)
         i_program = i_sequence.to(tl.int64) * num_tiles + i_tile
         p_near += i_program * (near_last - near_first + 2) * BLOCK_N
-        o_rotated = (o_m[:, None] + o_n[None, :]) % BLOCK_N
-        is_wrapped = o_m[:, None] + o_n[None, :] >= BLOCK_N
         b_open = tl.zeros([BLOCK_N], tl.float32)
         b_before = tl.zeros([BLOCK_M], tl.float32)
         b_after = tl.zeros([BLOCK_M], tl.float32)
@@ -388,13 +407,15 @@ def local_attention_bwd_dq_kernel(
         b_p = tl.exp2(b_s * _LOG2E - b_lse[:, None])
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         if DROPOUT:
-            is_kept = _is_kept(b_seed, i_sequence, o_query[:, None], o_key[None, :], drop_below)
-            b_dp = tl.where(is_kept, b_dp * keep_scale, 0.0)
+            b_key_words = _mix(o_key.to(tl.uint32) ^ b_key_key)[None, :]
+            b_dp = tl.where(_is_kept(b_query_words, b_key_words, drop_below), b_dp * keep_scale, 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
         if BIAS_GRADIENT:
             if (i_rel >= near_first) & (i_rel <= near_last):
-                b_diagonals = tl.gather(b_ds, o_rotated, axis=1)
+                o_diagonal = o_m[:, None] + o_n[None, :] + i_n // L
+                is_wrapped = o_diagonal >= BLOCK_N
+                b_diagonals = tl.gather(b_ds, o_diagonal % BLOCK_N, axis=1)
                 b_open += tl.sum(tl.where(is_wrapped, b_diagonals, 0.0), axis=0)
                 tl.store(p_near + (i_rel - near_first) * BLOCK_N + o_n, b_open)
                 b_open = tl.sum(tl.where(is_wrapped, 0.0, b_diagonals), axis=0)
@@ -490,7 +511,8 @@ def local_attention_bwd_dkdv_kernel(
         p_ids += i_batch * L
         b_key_ids = _load_ids(p_ids, o_key, L, -1)
     if DROPOUT:
-        b_seed = tl.load(p_seed)
+        b_query_key, b_key_key = _dropout_keys(p_seed, i_sequence)
+        b_key_words = _mix(o_key.to(tl.uint32) ^ b_key_key)[:, None]
 
     b_dk = tl.zeros([BLOCK_N, K], tl.float32)
     b_dv = tl.zeros([BLOCK_N, K], tl.float32)
@@ -513,7 +535,8 @@ def local_attention_bwd_dkdv_kernel(
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
         b_weights = b_p
         if DROPOUT:
-            is_kept = _is_kept(b_seed, i_sequence, o_query[None, :], o_key[:, None], drop_below)
+            b_query_words = _mix(o_query.to(tl.uint32) ^ b_query_key)[None, :]
+            is_kept = _is_kept(b_query_words, b_key_words, drop_below)
             b_weights = tl.where(is_kept, b_p * keep_scale, 0.0)
             b_dp = tl.where(is_kept, b_dp * keep_scale, 0.0)
         b_dv = tl.dot(b_weights.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
