@@ -21,7 +21,7 @@ from spade_t5.kernels import linear_cross_entropy as _linear_cross_entropy
 from spade_t5.kernels import local_attention as _local_attention
 from spade_t5.kernels import rms_norm as _rms_norm
 from spade_t5.kernels import ssm_conv as _ssm_conv
-from spade_t5.kernels.backend import BACKENDS, choose_backend
+from spade_t5.kernels.backend import choose_backend
 from spade_t5.kernels.cross_attention import DocumentPairs, cross_attention_probabilities, pair_documents, visible_keys
 from spade_t5.kernels.local_attention import local_attention_probabilities
 from spade_t5.kernels.segments import check_segment_order
@@ -177,14 +177,18 @@ def ssm_conv(
     ssm_kernel_f: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Long convolution of an SSM, restarted at every document: `spade_t5.kernels.ssm_conv.ssm_conv`."""
+    """Long convolution of an SSM, restarted at every document: `spade_t5.kernels.ssm_conv.ssm_conv`.
+
+    Where the ops run on Triton this one runs on torch: from an impulse response the Fourier transform is the way.
+    """
+    chosen = backend_in_use(backend, u.device)
     return _ssm_conv.ssm_conv(
         u,
         ssm_kernel,
         skip,
         segment_ids=segment_ids,
         ssm_kernel_f=ssm_kernel_f,
-        backend=backend_in_use(backend, u.device),
+        backend="torch" if backend == "auto" and chosen == "triton" else chosen,
     )
 
 

@@ -77,9 +77,14 @@ def chunk_tokens(length: int, device: torch.device) -> int:
         length: of the rows, in tokens.
         device: where they are.
     """
+    return _tokens_of_class("long" if length >= 2048 else "medium" if length >= 512 else "short", device)
+
+
+# torch.compile takes the answer as a constant: it must not trace the table.
+@torch.compiler.assume_constant_result
+def _tokens_of_class(length_class: str, device: torch.device) -> int:
     from spade_t5.kernels.launch import launch_config
 
-    length_class = "long" if length >= 2048 else "medium" if length >= 512 else "short"
     return launch_config("ssm_conv", f"chunk/{length_class}", device)["TOKENS"]
 
 

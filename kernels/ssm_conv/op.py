@@ -39,7 +39,7 @@ def ssm_conv(
             non-decreasing over the non-zero entries. None: every row is one document.
         ssm_kernel_f: `kernel_spectrum(ssm_kernel, skip, L)`, kept from an earlier call while the kernel is frozen;
             saves a transform where every row is one document.
-        backend: "auto", "torch" or "naive".
+        backend: "auto", "torch" or "naive"; Triton works from the system, see `ssm_conv_chunked`.
 
     Returns:
         (B, L, D) in the dtype of `u`.
@@ -83,6 +83,11 @@ def ssm_conv(
                 f"ssm_kernel_f has shape {tuple(ssm_kernel_f.shape)}; expected {expected}: make it with kernel_spectrum"
             )
 
-    if choose_backend(backend, u.device) == "naive":
+    if backend == "triton":
+        raise ValueError(
+            "backend='triton' cannot convolve with an impulse response; use ssm_conv_chunked with the system itself, or"
+            " backend 'torch'"
+        )
+    if backend != "auto" and choose_backend(backend, u.device) == "naive":
         return ssm_conv_naive(u, ssm_kernel, skip, segment_ids)
     return ssm_conv_fft(u, ssm_kernel, skip, segment_ids, ssm_kernel_f)

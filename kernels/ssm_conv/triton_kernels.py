@@ -45,7 +45,7 @@ def ssm_chunk_states_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """added = W U for BLOCK_X columns and BLOCK_N states of each side, and the factor that undoes the tokens' scale."""
+    """Added = W U for BLOCK_X columns and BLOCK_N states of each side, and the factor that undoes the tokens' scale."""
     i_d = tl.program_id(1).to(tl.int64)
     i_x = tl.program_id(0) // tl.cdiv(N, BLOCK_N)
     i_n = tl.program_id(0) % tl.cdiv(N, BLOCK_N)
@@ -263,7 +263,7 @@ def ssm_chunk_outputs_kernel(
             m_n = o_n < N
             p_tile = p_states + o_column[:, None] * (SIDES * N) + i_side * N + o_n[None, :]
             b_s = tl.load(p_tile, mask=m_x[:, None] & m_n[None, :], other=0.0)
-            p_tile = p_p + i_d * stride_p_d + o_t[None, :] * stride_p_t + (i_side * N + o_n)[:, None] * stride_p_r
+            p_tile = (p_p + i_d * stride_p_d) + (o_t[None, :] * stride_p_t + (i_side * N + o_n)[:, None] * stride_p_r)
             b_p = tl.load(p_tile, mask=m_n[:, None], other=0.0)
             b_part = tl.dot(b_s, b_p, b_part, input_precision="ieee")
         if SCALED:
@@ -289,7 +289,8 @@ def ssm_chunk_outputs_kernel(
                 b_u = b_u * b_scale[:, None]
             if PACKED:
                 b_u = tl.where(_load_pieces(p_piece, o_x, m_x, o_j, T) == i_piece, b_u, 0.0)
-            p_tile = p_local + i_d * stride_local_d + o_t[None, :] * stride_local_i + o_j[:, None] * stride_local_j
+            o_tile = o_t[None, :] * stride_local_i + o_j[:, None] * stride_local_j
+            p_tile = (p_local + i_d * stride_local_d) + o_tile
             b_part = tl.dot(b_u.to(p_local.dtype.element_ty), tl.load(p_tile), b_part, input_precision="ieee")
         if SCALED:
             b_part = b_part * b_unscale[:, None]
@@ -442,7 +443,7 @@ def _load_pieces(p_piece, o_x, m_x, o_t, T: tl.constexpr):
 @triton.jit
 def _load_w(p_w, i_d, o_n, o_t, i_side, stride_d, stride_r, stride_t, N):
     """W' of BLOCK_T tokens and BLOCK_N states of a side."""
-    p_tile = p_w + i_d * stride_d + (i_side * N + o_n)[None, :] * stride_r + o_t[:, None] * stride_t
+    p_tile = (p_w + i_d * stride_d) + ((i_side * N + o_n)[None, :] * stride_r + o_t[:, None] * stride_t)
     return tl.load(p_tile, mask=(o_n < N)[None, :], other=0.0)
 
 

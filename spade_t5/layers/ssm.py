@@ -9,6 +9,8 @@ half precision (a memory of a thousand tokens is a decay of 0.999 a token, which
 `_is_ssm` for the optimizer.
 """
 
+import functools
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from spade_t5 import ops
-from spade_t5.layers.s4_kernel import legs_dplr, s4_kernel
-from spade_t5.layers.s4d_kernel import s4d_kernel, s4d_lin
+from spade_t5.layers.s4_kernel import legs_dplr, s4_kernel, s4_system
+from spade_t5.layers.s4d_kernel import s4d_kernel, s4d_lin, s4d_system
 
 TrainingMode = Literal["frozen", "output", "full"]
+
+_logger = logging.getLogger(__name__)
 
 GLOBAL_MIXERS: dict[str, type["SSMMixer"]] = {}
 
@@ -102,6 +106,17 @@ class SSMMixer(nn.Module, ABC):
     def ssm_kernel(self, length: int) -> Tensor:
         """Impulse response for `length` lags: float64 (S, D, length); [0] from lag 0 on, [1] from lag -1 on."""
 
+    def chunked_system(self, chunk_tokens: int) -> ops.ChunkedSystem | None:
+        """The same system in chunks, skip included, for the kernels of a GPU.
+
+        Args:
+            chunk_tokens: T, a power of two.
+
+        Returns:
+            system in the dtype of D; None from a mixer that only knows its impulse response.
+        """
+        return None
+
     def forward(self, x_BLD: Tensor, segment_ids_BL: Tensor | None = None) -> Tensor:
         """y_t = sum_j k0[j] x_{t-j} + sum_j k1[j] x_{t+1+j} + D x_t within each document.
 
@@ -112,22 +127,56 @@ class SSMMixer(nn.Module, ABC):
         Returns:
             (B, L, D) in the dtype of the input.
         """
+        if ops.backend_in_use(device=x_BLD.device) == "triton":
+            system = self._system_in_use(x_BLD)
+            if system is not None:
+                return ops.ssm_conv_chunked(x_BLD, system, segment_ids=segment_ids_BL)
+            _say_once(f"{type(self).__name__} has no chunked system: its convolution runs on backend 'torch'")
+            return self._convolve(x_BLD, segment_ids_BL, backend="torch")
+        return self._convolve(x_BLD, segment_ids_BL, backend="auto")
+
+    def _convolve(self, x_BLD: Tensor, segment_ids_BL: Tensor | None, *, backend: str) -> Tensor:
+        """By the impulse response."""
         length = x_BLD.shape[1]
         with torch.autocast(x_BLD.device.type, enabled=False):
-            if any(parameter.requires_grad for parameter in self.parameters(recurse=False)):
+            if self._is_training_any():
                 kernel_SDL, spectrum_DF = self.ssm_kernel(length).to(self.D.dtype), None
             else:
                 kernel_SDL, spectrum_DF = self._cache.lookup(self, length)
         if spectrum_DF is not None and (x_BLD.dtype == torch.float64) != (spectrum_DF.dtype == torch.complex128):
             spectrum_DF = None
-        return ops.ssm_conv(x_BLD, kernel_SDL, self.D, segment_ids=segment_ids_BL, ssm_kernel_f=spectrum_DF)
+        return ops.ssm_conv(
+            x_BLD, kernel_SDL, self.D, segment_ids=segment_ids_BL, ssm_kernel_f=spectrum_DF, backend=backend
+        )
+
+    def _system_in_use(self, x_BLD: Tensor) -> ops.ChunkedSystem | None:
+        """The chunked system for this input, kept while frozen; with the matrices that the kernels multiply."""
+        chunk_tokens = ops.ssm_chunk_tokens(x_BLD.shape[1], x_BLD.device)
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            if self._is_training_any():
+                return self.chunked_system(chunk_tokens)
+            key = (chunk_tokens, x_BLD.dtype.itemsize == 2)
+            self._prepare_system(*key)
+            return self._cache.systems[key]
+
+    # torch.compile calls it while it traces and reads the cache as an input of the graph: no trace of how it is filled.
+    @torch.compiler.assume_constant_result
+    def _prepare_system(self, chunk_tokens: int, is_half: bool) -> bool:
+        self._cache.add_system(self, chunk_tokens, is_half)
+        return True
+
+    def _is_training_any(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters(recurse=False))
 
     def extra_repr(self) -> str:
         """Sizes, for printing the model."""
         return f"{self.d_model}, d_state={self.d_state}, sides={self.num_sides}, training_mode={self.training_mode!r}"
 
     def reset_cache(self) -> None:
-        """Forget the kernel; needed only after a write into a parameter's `.data`, as all other changes are noticed."""
+        """Forget what was made of the parameters, after a write into the `.data` of one: all other changes are noticed.
+
+        A model that is compiled does not notice writes in place either; loading a state dict calls this by itself.
+        """
         self._cache = _KernelCache()
 
     def _declare(self, **shapes: tuple[int, ...]) -> None:
@@ -214,6 +263,10 @@ class S4(SSMMixer):
         """As of `SSMMixer.ssm_kernel`."""
         return s4_kernel(self.log_dt, self.A, self.P, self.B, self.C, length)
 
+    def chunked_system(self, chunk_tokens: int) -> ops.ChunkedSystem:
+        """As of `SSMMixer.chunked_system`, with a dense transition."""
+        return s4_system(self.log_dt, self.A, self.P, self.B, self.C, self.D, chunk_tokens)
+
 
 @register_mixer("s4d")
 class S4D(SSMMixer):
@@ -242,9 +295,13 @@ class S4D(SSMMixer):
         """As of `SSMMixer.ssm_kernel`."""
         return s4d_kernel(self.log_dt, self.A, self.C, length)
 
+    def chunked_system(self, chunk_tokens: int) -> ops.ChunkedSystem:
+        """As of `SSMMixer.chunked_system`, with a diagonal transition."""
+        return s4d_system(self.log_dt, self.A, self.C, self.D, chunk_tokens)
+
 
 class _KernelCache:
-    """Kernels of a frozen mixer, and the transform of the one used last.
+    """What a frozen mixer convolves with: kernels and the transform of the one used last, or chunked systems.
 
     Kernels are made for lengths that are powers of two and cut: one serves many lengths, and the kernel of a length
     does not depend on which lengths came before. Entries hold as long as every parameter is the same object at the same
@@ -252,15 +309,17 @@ class _KernelCache:
     """
 
     def __init__(self) -> None:
-        self.parameters: tuple[tuple[nn.Parameter, int], ...] = ()
+        self._forget(())
+
+    def _forget(self, parameters: tuple[tuple[nn.Parameter, int], ...]) -> None:
+        self.parameters = parameters
         self.kernels: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
         self.spectrum: tuple[tuple[torch.device, int, torch.dtype], Tensor] | None = None
+        self.systems: dict[tuple[int, bool], ops.ChunkedSystem | None] = {}
 
     def lookup(self, mixer: SSMMixer, length: int) -> tuple[Tensor, Tensor]:
         """Kernel (S, D, length) and its transform."""
-        parameters = tuple((p, 0 if p.is_inference() else p._version) for p in mixer.parameters(recurse=False))
-        if not self._are_current(parameters):
-            self.parameters, self.kernels, self.spectrum = parameters, {}, None
+        self._follow(mixer)
         skip_D = mixer.D
         padded_length = 1 << (length - 1).bit_length()
         key = (skip_D.device, padded_length, skip_D.dtype)
@@ -275,11 +334,32 @@ class _KernelCache:
             spectrum_DF = self.spectrum[1]
         return kernel_SDL, spectrum_DF
 
+    def add_system(self, mixer: SSMMixer, chunk_tokens: int, is_half: bool) -> None:
+        """Make the chunked system, its matrices in float16 for input in half precision; None if the mixer has none."""
+        self._follow(mixer)
+        key = (chunk_tokens, is_half)
+        with torch.inference_mode(False), torch.no_grad():
+            if key not in self.systems:
+                system = mixer.chunked_system(chunk_tokens)
+                self.systems[key] = system.half() if system is not None and is_half else system
+
+    def _follow(self, mixer: SSMMixer) -> None:
+        parameters = tuple((p, 0 if p.is_inference() else p._version) for p in mixer.parameters(recurse=False))
+        if not self._are_current(parameters):
+            self._forget(parameters)
+
     def _are_current(self, parameters: tuple[tuple[nn.Parameter, int], ...]) -> bool:
         return len(parameters) == len(self.parameters) and all(
             new is old and new_version == old_version
             for (new, new_version), (old, old_version) in zip(parameters, self.parameters, strict=True)
         )
+
+
+# torch.compile must not trace the log.
+@torch.compiler.assume_constant_result
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)
 
 
 def _log_real_and_imaginary(eigenvalues: Tensor) -> Tensor:

@@ -40,6 +40,4 @@ CASES["float16/128/dense/packed"] = lambda: _call(torch.float16, 128, is_dense=T
 CASES["bfloat16/256/dense/packed/frozen"] = lambda: _call(
     torch.bfloat16, 256, is_dense=True, is_packed=True, trains=False
 )
-CASES["bfloat16/128/dense/causal"] = lambda: _call(
-    torch.bfloat16, 128, is_dense=True, is_packed=False, num_sides=1
-)
+CASES["bfloat16/128/dense/causal"] = lambda: _call(torch.bfloat16, 128, is_dense=True, is_packed=False, num_sides=1)

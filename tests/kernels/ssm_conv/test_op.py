@@ -40,7 +40,7 @@ def test_right_use_is_accepted() -> None:
             {"ssm_kernel": torch.zeros(2, 3, 5, requires_grad=True), "ssm_kernel_f": torch.zeros(3, 6)},
             r"ssm_kernel_f is given although",
         ),
-        ({"backend": "triton"}, r"backend='triton' is not available"),
+        ({"backend": "triton"}, r"backend='triton' cannot convolve with an impulse response; use ssm_conv_chunked"),
     ],
 )
 def test_wrong_use_is_refused(changes: dict[str, Any], message: str) -> None:
