@@ -1,20 +1,21 @@
 """The chunked convolution on a GPU: states that chunks add, their recurrence, outputs; and the gradients of the system.
 
 Letters: D channels, X columns = chunks of all rows (column x is chunk x % C of row x // C), T tokens of a chunk, S sides,
-N states a side. Column-major is nothing here: a tile holds BLOCK_X columns as its rows, so that each has a scale of its
-own, and tokens or states as its columns, which are adjacent in memory.
+N states a side. A tile holds BLOCK_X columns as its rows, so that each has a scale of its own, and
+tokens or states, which are adjacent in memory, side by side in a row.
 
 A side runs forward (a chunk's last document sends, its first receives) or mirrored; REVERSED turns both sides round, and
 with the matrices transposed that is the adjoint, so one set of kernels serves both passes.
 
-In half precision (SCALED) tokens and states are brought below 2^-4 by a power of two for each column and cast to float16:
-the rest of float16's range is for sums, down to 2^-20 of a column's largest entry nothing is lost.
+In half precision (SCALED) the tokens and the states of each column are brought just below 2^15 by a power of two and cast
+to float16. Sums are in float32 and each column is undone by itself, so nothing overflows, and entries keep all their bits
+down to 2^-29 of the column's largest.
 """
 
 import triton
 import triton.language as tl
 
-_SCALE_FIELD = tl.constexpr(249)  # exponent fields of x and of the scale that brings x into [2^-5, 2^-4) add up to this
+_SCALE_FIELD = tl.constexpr(268)  # exponent fields of x and of the scale that brings x into [2^14, 2^15) add up to this
 _INVERSE_FIELDS = tl.constexpr(254)  # those of a power of two and its inverse
 _MANTISSA_BITS = tl.constexpr(23)
 
@@ -456,7 +457,7 @@ def _is_linked(p_is_linked, i_b, i_chunk, is_mirrored, num_chunks):
 
 @triton.jit
 def _powers_of_two(b_largest):
-    """A power of two that brings the largest entry below 2^-4, and its inverse; both are normal numbers."""
+    """A power of two that brings the largest entry below 2^15, and its inverse; both are normal numbers."""
     b_field = -(b_largest.to(tl.int32, bitcast=True) >> _MANTISSA_BITS) + _SCALE_FIELD
     b_field = tl.minimum(tl.maximum(b_field, 1), 253)
     b_inverse_field = -b_field + _INVERSE_FIELDS

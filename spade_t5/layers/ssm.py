@@ -125,9 +125,12 @@ class SSMMixer(nn.Module, ABC):
             segment_ids_BL: 0 = padding, taken as 0; None: every row is one document.
 
         Returns:
-            (B, L, D) in the dtype of the input.
+            (B, L, D) in the dtype of the input, on Triton under autocast in that of autocast.
         """
         if ops.backend_in_use(device=x_BLD.device) == "triton":
+            # As PyTorch's convolutions under autocast: in half precision the products run on tensor cores.
+            if torch.is_autocast_enabled(x_BLD.device.type):
+                x_BLD = x_BLD.to(torch.get_autocast_dtype(x_BLD.device.type))
             system = self._system_in_use(x_BLD)
             if system is not None:
                 return ops.ssm_conv_chunked(x_BLD, system, segment_ids=segment_ids_BL)
