@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spade_t5.kernels.linear.torch_onednn import linear_onednn
 from spade_t5.kernels.linear_cross_entropy.terms import LossTerms
+from spade_t5.kernels.row_steps import row_steps
 
 RowStep = Callable[[Tensor, Tensor, Tensor, LossTerms, bool], None]
 """(logits_CV, labels_C, losses_C, terms, with_gradient): fills the losses; with_gradient: turns logits into d loss."""
@@ -87,10 +88,22 @@ def chunked_loss(
 
 def _add_outer(sum_VD: Tensor | None, dlogits_CV: Tensor, x_CD: Tensor, dtype: torch.dtype) -> Tensor:
     """Return sum + dlogits' x, in `dtype`."""
-    if x_CD.is_cuda and x_CD.dtype != dtype:
-        # The sum leaves the product's float32 accumulators unrounded.
+    if x_CD.is_cuda:
+        # The library adds to the sum before it rounds, in place.
+        dlogits_VC = dlogits_CV.t()
+        if x_CD.dtype == dtype:
+            return torch.mm(dlogits_VC, x_CD) if sum_VD is None else sum_VD.addmm_(dlogits_VC, x_CD)
         if sum_VD is None:
-            return torch.mm(dlogits_CV.t(), x_CD, out_dtype=dtype)
-        return torch.addmm(sum_VD, dlogits_CV.t(), x_CD, out_dtype=dtype)
-    product_VD = linear_onednn(dlogits_CV.t(), x_CD.t())
-    return product_VD.to(dtype) if sum_VD is None else sum_VD.add_(product_VD)
+            return torch.mm(dlogits_VC, x_CD, out_dtype=dtype)
+        return torch.addmm(sum_VD, dlogits_VC, x_CD, out_dtype=dtype, out=sum_VD)
+    is_first = sum_VD is None
+    if sum_VD is None:
+        sum_VD = torch.empty(dlogits_CV.shape[1], x_CD.shape[1], dtype=dtype, device=x_CD.device)
+    # On a CPU the summand never leaves the cache.
+    for entries in row_steps(sum_VD):
+        product_VD = linear_onednn(dlogits_CV[:, entries].t(), x_CD.t())
+        if is_first:
+            sum_VD[entries] = product_VD
+        else:
+            sum_VD[entries] += product_VD
+    return sum_VD

@@ -17,6 +17,9 @@ from spade_t5.kernels.rms_norm.triton_kernels import rms_norm_bwd_kernel, rms_no
 
 _SMALLEST_CLASS, _LARGEST_CLASS = 128, 8192
 
+# A tile of wider rows holds too few of them to read a (B, D, L) tensor well; it is copied to rows first.
+_WIDEST_TRANSPOSED = 4096
+
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return weight * (x * rsqrt(mean(x^2) + eps)); arguments and result as of `rms_norm`, unchecked."""
@@ -30,7 +33,12 @@ def rms_norm_with_transpose_triton(x: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, with_transpose: bool) -> tuple[Tensor, Tensor]:
-    is_transposed = x.dim() == 3 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    is_transposed = (
+        x.dim() == 3
+        and not x.is_contiguous()
+        and x.transpose(1, 2).is_contiguous()
+        and x.shape[2] <= _WIDEST_TRANSPOSED
+    )
     y, y_BDL, _ = _forward(x.transpose(1, 2) if is_transposed else x, weight, eps, is_transposed, with_transpose)
     return y, y_BDL
 
@@ -260,6 +268,9 @@ def _launch_backward(
     is_transposed: bool,
     needs_dweight: bool,
 ) -> Tensor:
+    if dy_BDL is not None and dy_BDL.shape[1] > _WIDEST_TRANSPOSED:
+        dy_t = dy_BDL.transpose(1, 2)
+        dy, dy_BDL = (dy_t if dy is None else dy + dy_t), None
     shaped = r.transpose(1, 2) if is_transposed else r
     has_transposed = is_transposed or dy_BDL is not None
     batch, length = _entries(shaped, has_transposed)
