@@ -413,6 +413,8 @@ def local_attention_bwd_dq_kernel(
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
         if BIAS_GRADIENT:
             if (i_rel >= near_first) & (i_rel <= near_last):
+                # i_n // L is 0: without a part that changes from tile to tile, the compiler keeps all these indices in
+                # registers through the loop, and spills.
                 o_diagonal = o_m[:, None] + o_n[None, :] + i_n // L
                 is_wrapped = o_diagonal >= BLOCK_N
                 b_diagonals = tl.gather(b_ds, o_diagonal % BLOCK_N, axis=1)

@@ -56,12 +56,13 @@ class _Compiler:
         parameters = [parameter.name for parameter in kernel.params]
         arguments = dict(zip(parameters, args, strict=False)) | kwargs
         constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+        unspecialized = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
         signature: dict[str, str] = {}
         constexprs: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for i, name in enumerate(parameters):
             value = arguments[name]
-            signature[name], is_divisible = _type_of(value, name in constants)
+            signature[name], is_divisible = _type_of(value, name in constants, name in unspecialized)
             if signature[name] == "constexpr":
                 constexprs[(i,)] = value
             elif is_divisible:
@@ -86,16 +87,17 @@ class _Compiler:
         )
 
 
-def _type_of(value: Any, is_constexpr: bool) -> tuple[str, bool]:
-    """Triton's name of an argument's type, and whether it is a multiple of 16 (bytes, for a pointer)."""
-    if is_constexpr or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+def _type_of(value: Any, is_constexpr: bool, is_unspecialized: bool) -> tuple[str, bool]:
+    """Triton's name of an argument's type, and whether the kernel may rely on its being a multiple of 16 (bytes)."""
+    is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+    if is_constexpr or value is None or (is_one and not is_unspecialized):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype], value.data_ptr() % 16 == 0
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):
-        return "i32" if abs(value) <= _LARGEST_INT32 else "i64", value % 16 == 0
+        return "i32" if abs(value) <= _LARGEST_INT32 else "i64", value % 16 == 0 and not is_unspecialized
     if isinstance(value, float):
         return "fp32", False
     raise TypeError(f"argument of type {type(value)}")
