@@ -155,6 +155,8 @@ class Case:
     contenders: dict[str, Callable[[], Workload]]
     """Name to builder; "ours" first."""
     shape: dict[str, Any]
+    compiled: tuple[str, ...] = ()
+    """Contenders that spend many seconds in torch.compile: measured on a GPU after all others of the run."""
     incomparable: tuple[str, ...] = ()
     """Contenders whose outputs differ from ours by design (dropout draws other masks)."""
     max_rounds: int | None = None

@@ -19,7 +19,7 @@ from spade_t5.benchmarks.kernels.cases import plan_for
 from spade_t5.benchmarks.kernels.correctness import RedCheckError
 from spade_t5.benchmarks.kernels.goals import goal_rows
 from spade_t5.benchmarks.kernels.registry import OPS
-from spade_t5.benchmarks.kernels.results import Results
+from spade_t5.benchmarks.kernels.results import CaseResult, Results
 from spade_t5.benchmarks.kernels.runner import Runner
 from spade_t5.benchmarks.kernels.table import markdown
 from spade_t5.errors import ConfigError
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
             keep_freed_memory()  # as the training engine does
         plan = plan_for(device, is_quick=options.quick)
         runner = Runner(plan, rounds=options.rounds, time_limit_seconds=options.time_limit)
-        results = runner.run(ops, keep=lambda results: _keep(results, list(ops), options.out))
+        results = runner.run(ops, keep=lambda results, case: _keep(results, case, list(ops), options.out))
     except RedCheckError as error:
         sys.exit(f"spade-t5 bench kernels: a check is red, nothing was timed: {error}")
     goals = goal_rows(results, ops)
@@ -61,8 +61,7 @@ def run(options: argparse.Namespace) -> None:
     print(*paths, *draw(results, options.out), sep="\n")
 
 
-def _keep(results: Results, ops: list[str], out: Path) -> None:
-    case = results.cases[-1]
+def _keep(results: Results, case: CaseResult, ops: list[str], out: Path) -> None:
     for found in case.measurements:
         both = found.times.get("both", found.times.get("forward", {})).get("median_seconds")
         print(f"{case.op}, {case.case}: {found.contender}: {found.error or f'{1e3 * both:.3f} ms'}", flush=True)

@@ -49,10 +49,17 @@ def why_incomparable(plan: Plan, outputs: tuple[Tensor, ...], ours: tuple[Tensor
     shapes, expected = ([tuple(x.shape) for x in tensors] for tensors in (outputs, ours))
     if shapes != expected:
         return f"computes something else: shapes {shapes} instead of {expected}"
-    difference = max(_relative_error(x, y) for x, y in zip(outputs, ours, strict=True))
+    difference = max(relative_error(x, y) for x, y in zip(outputs, ours, strict=True))
     if not difference <= _PEER_BOUNDS[plan.dtype]:
         return f"computes something else: outputs differ from ours by {difference:.1e}, relative to their norm"
     return None
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of `expected`; an `expected` of zero leaves the norm itself."""
+    size = expected.detach().double().norm().item()
+    error = (actual.detach().double() - expected.detach().double()).norm().item()
+    return error / size if size else error
 
 
 def _largest_error(ours: Workload, exact: Workload) -> float:
@@ -60,10 +67,4 @@ def _largest_error(ours: Workload, exact: Workload) -> float:
     for workload in (ours, exact):
         outputs = workload.outputs()
         tensors.append((*outputs, *workload.backward(outputs)))
-    return max(_relative_error(actual, expected) for actual, expected in zip(*tensors, strict=True))
-
-
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    size = expected.detach().double().norm().item()
-    error = (actual.detach().double() - expected.detach().double()).norm().item()
-    return error / size if size else error
+    return max(relative_error(actual, expected) for actual, expected in zip(*tensors, strict=True))

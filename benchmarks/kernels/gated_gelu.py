@@ -37,6 +37,7 @@ def cases(plan: Plan) -> Iterator[Case]:
         length=plan.tokens,
         work=Work(forward_bytes=3 * tensor, backward_bytes=5 * tensor),
         contenders=contenders,
+        compiled=("inductor",),
         shape={"rows": plan.tokens, "d_ff": plan.d_ff},
     )
 

@@ -49,6 +49,7 @@ def cases(plan: Plan) -> Iterator[Case]:
             forward_flops=product, backward_flops=2 * product, forward_bytes=matrices, backward_bytes=2 * matrices
         ),
         contenders=contenders,
+        compiled=("inductor",),
         shape={"targets": plan.targets, "d_model": plan.d_model, "vocab_size": plan.vocab_size},
     )
 

@@ -26,6 +26,7 @@ from spade_t5.benchmarks.kernels.cases import (
     document_ids,
     doubled,
     leaf,
+    plan_for,
     random_tensors,
 )
 from spade_t5.kernels.local_attention import local_attention
@@ -108,8 +109,6 @@ def checks(plan: Plan) -> Iterator[Check]:
 
 def tuning_workloads() -> dict[str, Callable[[], Workload]]:
     """Every head size, class of window and width of the inputs that the launch table knows."""
-    from spade_t5.benchmarks.kernels.cases import plan_for
-
     plan = plan_for("cuda", is_quick=False)
     windows = {"narrow": (127, 127), "wide": (511, 511), "causal": (None, 0), "full": (None, None)}
     found = {}
@@ -140,9 +139,11 @@ def _case(plan: Plan, shape: _Shape, group: str) -> Case:
     if not is_window:
         contenders["sdpa-dense"] = partial(_sdpa_dense, plan, shape)
     if plan.device == "cuda":
-        contenders["flex"] = partial(_flex, plan, shape, trains_bias=True)
-        contenders["flex-frozen-bias"] = partial(_flex, plan, shape, trains_bias=False)
-        if is_window and not is_packed:
+        is_first = shape.length == plan.lengths[0]
+        if is_first or not is_window or not is_packed:
+            contenders["flex"] = partial(_flex, plan, shape, trains_bias=True)
+        if is_first and not is_packed:
+            contenders["flex-frozen-bias"] = partial(_flex, plan, shape, trains_bias=False)
             contenders["longt5-compiled"] = partial(_longt5, plan, shape, is_compiled=True)
     return Case(
         name=f"{group}, length {shape.length}",
@@ -150,6 +151,7 @@ def _case(plan: Plan, shape: _Shape, group: str) -> Case:
         length=shape.length,
         work=shape.work(plan.dtype.itemsize),
         contenders=contenders,
+        compiled=("flex", "flex-frozen-bias", "longt5-compiled"),
         shape={name: getattr(shape, name) for name in shape.__dataclass_fields__},
     )
 

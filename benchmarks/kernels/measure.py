@@ -39,7 +39,7 @@ def summary(times: Times) -> dict[str, dict[str, float]]:
 
 def time_on_gpu(workload: Workload, *, seconds: float) -> Times:
     """Rounds of forward and backward for about `seconds`, after a few that warm up and compile."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=workload.gradients[0].device)
     for _ in range(_WARM_ROUNDS - 1):
         workload.backward(workload.outputs())
     torch.cuda.synchronize()

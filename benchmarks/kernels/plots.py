@@ -29,6 +29,9 @@ def draw(results: Results, out: Path) -> list[Path]:
         for row, group in zip(axes, groups, strict=True):
             cases = results.group(op, group)
             for axis, part in zip(row, _PARTS, strict=True):
+                if not any(part in found.times for case in cases for found in case.measurements):
+                    axis.set_visible(False)
+                    continue
                 (_lines if len(cases) > 1 else _bars)(axis, cases, part)
                 axis.set_title(f"{group}: {part}", fontsize=9)
                 axis.tick_params(labelsize=8)

@@ -31,86 +31,107 @@ class Runner:
         self.rounds = 2 if plan.is_quick else rounds
         self._end = None if time_limit_seconds is None else time.monotonic() + time_limit_seconds
 
-    def run(self, ops: dict[str, Benchmark], *, keep: Callable[[Results], None]) -> Results:
+    def run(self, ops: dict[str, Benchmark], *, keep: Callable[[Results, CaseResult], None]) -> Results:
         """Check, then measure.
 
         Args:
             ops: name to benchmark.
-            keep: called after every case with all results so far.
+            keep: called with all results so far whenever a case has new ones.
 
         Raises:
             RedCheckError: an op is wrong; nothing was timed.
         """
         checks = correctness.run_checks(self.plan, ops)
         results = Results(plan=self.plan, ceilings=measure_ceilings(self.plan), checks=checks)
-        for op, benchmark in ops.items():
-            for case in benchmark.cases(self.plan):
-                results.cases.append(self._measure(op, case, results))
-                keep(results)
+        cases = [(op, case) for op, benchmark in ops.items() for case in benchmark.cases(self.plan)]
+        for op, case in cases:
+            results.cases.append(self._new_result(op, case, results))
+            self._measure(case, results.cases[-1], set(case.contenders) - set(case.compiled))
+            self._rate(case, results.cases[-1])
+            keep(results, results.cases[-1])
+        for (_, case), result in _in_turns(list(zip(cases, results.cases, strict=True))):
+            compiled = set(case.contenders) & set(case.compiled)
+            if compiled:
+                self._measure(case, result, compiled)
+                self._rate(case, result)
+                keep(results, result)
         return results
 
-    def _measure(self, op: str, case: Case, results: Results) -> CaseResult:
+    def _new_result(self, op: str, case: Case, results: Results) -> CaseResult:
         least = {part: results.ceilings.least_seconds(case.work, part) for part in measure.PARTS}
-        result = CaseResult(
+        return CaseResult(
             op=op, case=case.name, group=case.group, length=case.length, shape=case.shape, least_seconds=least
         )
-        measure_case = self._on_gpu if self.plan.device == "cuda" else self._on_cpu
-        result.measurements = measure_case(op, case)
+
+    def _measure(self, case: Case, result: CaseResult, names: set[str]) -> None:
+        """Add the measurements of some contenders of a case."""
+        chosen = {name: build for name, build in case.contenders.items() if name in names}
+        if self.plan.device == "cuda":
+            result.measurements += self._on_gpu(case, chosen)
+        else:
+            result.measurements += self._on_cpu(result.op, case, chosen)
+
+    def _rate(self, case: Case, result: CaseResult) -> None:
         for measurement in result.measurements:
             for part in measurement.times:
                 seconds, (flops, size_bytes) = measurement.times[part]["median_seconds"], case.work.of(part)
                 measurement.rates[part] = {
                     "flops_per_second": flops / seconds,
                     "bytes_per_second": size_bytes / seconds,
-                    "share_of_roofline": least[part] / seconds,
+                    "share_of_roofline": result.least_seconds[part] / seconds,
                 }
-        return result
 
-    def _on_gpu(self, op: str, case: Case) -> list[Measurement]:
-        """One contender after the other, each with the memory to itself."""
+    def _on_gpu(self, case: Case, contenders: dict[str, Callable[[], Workload]]) -> list[Measurement]:
+        """One contender after the other, each with the memory to itself but for our outputs."""
+        found = {name: Measurement(contender=name) for name in contenders}
         ours: tuple[torch.Tensor, ...] | None = None
-        found = []
-        for name, build in case.contenders.items():
-            measurement = Measurement(contender=name)
-            found.append(measurement)
+        if OURS not in contenders:
+            with suppress(Exception):  # was recorded when it was measured itself
+                ours = _detached(case.contenders[OURS]().outputs())
+        for name, build in contenders.items():
             torch._dynamo.reset()  # compiled peers of other shapes would count against its limit
             try:
                 self._refuse_late()
                 workload = build()
-                outputs = workload.outputs()
+                outputs = _detached(workload.outputs())
                 self._compare(case, name, outputs, ours)
                 ours = outputs if name == OURS else ours
                 del outputs
-                measurement.times = measure.summary(measure.time_on_gpu(workload, seconds=_GPU_SECONDS))
-                measurement.peak_bytes = measure.peak_bytes_on_gpu(workload)
+                found[name].times = measure.summary(measure.time_on_gpu(workload, seconds=_GPU_SECONDS))
+                found[name].peak_bytes = measure.peak_bytes_on_gpu(workload)
                 del workload
             except Exception as problem:  # a peer that fails is a result too
-                measurement.error = _one_line(problem)
+                found[name].error = _one_line(problem)
             gc.collect()
             torch.cuda.empty_cache()
-        return found
+        return list(found.values())
 
-    def _on_cpu(self, op: str, case: Case) -> list[Measurement]:
+    def _on_cpu(self, op: str, case: Case, contenders: dict[str, Callable[[], Workload]]) -> list[Measurement]:
         """Contenders take turns; memory afterwards, each in a process of its own."""
         ours: tuple[torch.Tensor, ...] | None = None
-        found = {name: Measurement(contender=name) for name in case.contenders}
+        found = {name: Measurement(contender=name) for name in contenders}
         workloads: dict[str, Workload] = {}
-        for name, build in case.contenders.items():
+        for name, build in contenders.items():
             try:
                 self._refuse_late()
                 workload = build()
                 outputs = workload.outputs()  # the round that warms up
                 self._compare(case, name, outputs, ours)
-                ours = outputs if name == OURS else ours
+                ours = _detached(outputs) if name == OURS else ours
                 workload.backward(outputs)
                 workloads[name] = workload
+                del outputs
             except Exception as problem:  # a peer that fails is a result too
                 found[name].error = _one_line(problem)
         del ours
         rounds = self.rounds if case.max_rounds is None else min(self.rounds, case.max_rounds)
         for name, times in measure.time_on_cpu(workloads, rounds=rounds).items():
             found[name].times = measure.summary(times)
-            found[name].peak_bytes = measure.peak_bytes_on_cpu(build_workload, warm_up, self.plan, op, case.name, name)
+            arguments = (self.plan, op, case.name, name)
+            try:
+                found[name].peak_bytes = measure.peak_bytes_on_cpu(build_workload, warm_up, *arguments)
+            except RuntimeError as problem:
+                found[name].error = _one_line(problem)
         return list(found.values())
 
     def _compare(
@@ -136,6 +157,24 @@ def warm_up(plan: Plan, op: str, case_name: str, contender: str) -> None:
                 workload = case.contenders[contender]()
                 workload.backward(workload.outputs())
             return
+
+
+_CaseInRun = tuple[tuple[str, Case], CaseResult]
+
+
+def _in_turns(cases: list[_CaseInRun]) -> list[_CaseInRun]:
+    """The first case of every group, then the second of every group: the most important ones of all ops come first."""
+    seen: dict[tuple[str, str], int] = {}
+    turns = []
+    for (op, case), result in cases:
+        seen[op, case.group] = seen.get((op, case.group), -1) + 1
+        turns.append((seen[op, case.group], ((op, case), result)))
+    return [found for _, found in sorted(turns, key=lambda turn: turn[0])]
+
+
+def _detached(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The values without the graph, which would keep memory."""
+    return tuple(x.detach() for x in outputs)
 
 
 def _one_line(problem: Exception) -> str:

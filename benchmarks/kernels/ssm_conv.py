@@ -20,7 +20,14 @@ from spade_t5.benchmarks.kernels.cases import (
     plan_for,
     random_tensors,
 )
-from spade_t5.kernels.ssm_conv import kernel_spectrum, ssm_conv, ssm_conv_naive
+from spade_t5.kernels.ssm_conv import (
+    ChunkedSystem,
+    chunk_tokens,
+    kernel_spectrum,
+    ssm_conv,
+    ssm_conv_chunked,
+    ssm_conv_naive,
+)
 from spade_t5.layers.ssm import S4, S4D, SSMMixer
 
 _DT_RANGE = {"dt_min": 1e-3, "dt_max": 1e-1}
@@ -85,6 +92,8 @@ def tuning_workloads() -> dict[str, Callable[[], Workload]]:
                         mixer_class=mixer_class,
                         dtype=dtype,
                     )
+        for mixer_class in (S4, S4D):
+            found[f"{mixer_class.__name__}/trained/{dtype}"] = partial(_trained, plan, mixer_class, dtype)
     return found
 
 
@@ -111,6 +120,19 @@ def _workload(
     (u,) = doubled(u) if is_double else (leaf(u),)
     convolve = make(mixer, length, segment_ids)
     return Workload(forward=lambda: convolve(u), leaves=(u,), gradients=(dy.to(u.dtype),))
+
+
+def _trained(plan: Plan, mixer_class: type[SSMMixer], dtype: torch.dtype) -> Workload:
+    """The convolution alone with gradients to the system's matrices, as the model gets them when its SSM trains."""
+    length = 4096
+    u, dy = random_tensors(plan, *2 * ((plan.tokens // length, length, plan.d_model),), dtype=dtype)
+    mixer = mixer_class(plan.d_model, d_state=plan.d_state, **_DT_RANGE).to(u.device)
+    with torch.no_grad():
+        made = mixer.chunked_system(chunk_tokens(length, u.device))
+    assert made is not None
+    system = ChunkedSystem(*(leaf(x) for x in made))
+    u = leaf(u)
+    return Workload(forward=lambda: ssm_conv_chunked(u, system), leaves=(u, *system), gradients=(dy,))
 
 
 def _layer(mixer: SSMMixer, length: int, segment_ids: Tensor | None) -> _Convolution:

@@ -45,8 +45,8 @@ def _op_table(cases: list[CaseResult]) -> list[str]:
 
 
 def _cells(case: CaseResult, measurement: Measurement) -> str:
-    if measurement.error is not None:
-        return f"{measurement.error[:120].replace('|', '/')}" + " |" * 7
+    if not measurement.times:
+        return f"{(measurement.error or '')[:120].replace('|', '/')}" + " |" * 7
     part = "both" if "both" in measurement.times else "forward"
     own, seconds = case.of(OURS), measurement.seconds(part)
     own_seconds = None if own is None else own.seconds(part)

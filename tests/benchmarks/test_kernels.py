@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spade_t5.benchmarks.kernels import correctness, gated_gelu, goals, local_attention, ssm_kernel
-from spade_t5.benchmarks.kernels.cases import OURS, Plan, plan_for
+from spade_t5.benchmarks.kernels import correctness, gated_gelu, goals, local_attention, measure, ssm_kernel
+from spade_t5.benchmarks.kernels.cases import OURS, Benchmark, Plan, plan_for
 from spade_t5.benchmarks.kernels.ceilings import Ceilings
 from spade_t5.benchmarks.kernels.registry import OPS
 from spade_t5.benchmarks.kernels.results import CaseResult, Measurement, Results
@@ -36,10 +36,12 @@ def test_writes_json_table_and_plots(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert case["measurements"][0]["contender"] == OURS
         for measurement in case["measurements"]:
             assert measurement["error"] is None
-            assert set(measurement["times"]) == {"forward", "backward", "both"}
-            times = measurement["times"]["both"]
+            # Kernels are generated without a backward pass.
+            parts = {"forward"} if case["op"] == "ssm_kernel" else {"forward", "backward", "both"}
+            assert set(measurement["times"]) == parts
+            times = measurement["times"]["forward"]
             assert 0 < times["p20_seconds"] <= times["median_seconds"] <= times["p80_seconds"]
-            assert measurement["rates"]["both"]["share_of_roofline"] > 0
+            assert measurement["rates"]["forward"]["share_of_roofline"] > 0
             assert measurement["peak_bytes"] is not None
     assert {goal["measured"] for goal in found["goals"]} == {goals.NOT_MEASURED}
 
@@ -83,7 +85,7 @@ def test_a_peer_that_fails_or_computes_something_else_is_recorded(plan: Plan, mo
     runner = Runner(plan)
     (case,) = gated_gelu.cases(plan)
     case.contenders["absent"] = lambda: __import__("no_such_package")
-    ours, eager, absent = runner._on_cpu("gated_gelu", case)
+    ours, eager, absent = runner._on_cpu("gated_gelu", case, case.contenders)
     assert ours.error is None
     assert ours.seconds("both")
     assert "computes something else: outputs differ from ours" in str(eager.error)
@@ -94,7 +96,7 @@ def test_a_peer_that_fails_or_computes_something_else_is_recorded(plan: Plan, mo
 def test_what_would_start_after_the_time_limit_is_left_out(plan: Plan) -> None:
     kept: list[Results] = []
     runner = Runner(plan, time_limit_seconds=0.0)
-    results = runner.run({"gated_gelu": OPS["gated_gelu"]}, keep=kept.append)
+    results = runner.run({"gated_gelu": OPS["gated_gelu"]}, keep=lambda results, case: kept.append(results))
     assert kept == [results]
     assert all("time limit" in str(found.error) for case in results.cases for found in case.measurements)
 
@@ -103,6 +105,66 @@ def test_tuning_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--tune", "--op", "gated_gelu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--tune: launch configurations can only be measured on a GPU" in line
+
+
+class FakeEvent:
+    """A CUDA event that measures by a counter: a millisecond between any two records."""
+
+    now = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.now += 1
+        self.time = FakeEvent.now
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.time - self.time
+
+
+def test_the_way_through_a_gpu_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control flow of a GPU run on a CPU: what it records, that compiled peers come last, and that failures stay alone."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 350)
+    monkeypatch.setattr(measure, "_FLUSH_BYTES", 10)
+    monkeypatch.setattr(Runner, "_on_cpu", lambda self, op, case, contenders: self._on_gpu(case, contenders))
+    cases = {op: list(OPS[op].cases(plan)) for op in ("local_attention", "gated_gelu")}
+    for (case,) in (cases["local_attention"][:1], cases["gated_gelu"]):
+        case.contenders["compiled"] = case.contenders["longt5" if "longt5" in case.contenders else "eager"]
+        object.__setattr__(case, "compiled", ("compiled",))
+    cases["gated_gelu"][0].contenders["absent"] = lambda: __import__("no_such_package")
+    ops = {op: Benchmark(checks=OPS[op].checks, cases=lambda plan, op=op: iter(cases[op])) for op in cases}
+    kept = []
+    Runner(plan).run(ops, keep=lambda results, case: kept.append((case.op, len(case.measurements), len(results.cases))))
+    num_cases = len(cases["local_attention"]) + 1
+    assert [count for _, _, count in kept] == [*range(1, num_cases + 1), num_cases, num_cases]
+    assert kept[-2:] == [("local_attention", 4, num_cases), ("gated_gelu", 4, num_cases)]
+
+    results = Runner(plan).run(ops, keep=lambda results, case: None)
+    for case in results.cases:
+        for found in case.measurements:
+            if found.contender == "absent":
+                assert "No module named" in str(found.error)
+                continue
+            assert found.error is None
+            assert found.peak_bytes == 250
+            assert found.times["forward"]["median_seconds"] == pytest.approx(1e-3)
+            assert found.times["both"]["median_seconds"] == pytest.approx(2e-3)
+
+
+def test_a_gpu_run_asks_every_peer() -> None:
+    plan = plan_for("cuda", is_quick=False)
+    peers = {name for op in OPS.values() for case in op.cases(plan) for name in case.contenders}
+    assert peers >= {
+        *("flex", "flex-frozen-bias", "sdpa-blocks", "sdpa-dense", "longt5", "longt5-compiled"),
+        *("torch-fft", "plain-fft", "liger", "inductor", "eager", "logits", "cauchy", "vandermonde"),
+    }
+    lengths = {case.length for case in OPS["local_attention"].cases(plan)}
+    assert lengths == {512, 4096, 16384, 65536}
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
