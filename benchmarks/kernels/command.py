@@ -3,8 +3,8 @@
     spade-t5 bench kernels --out docs/results [--op local_attention] [--quick]
     spade-t5 bench kernels --tune [--op local_attention]
 
-On a GPU the Triton kernels are measured, elsewhere the PyTorch paths. Writes kernels.json after every case, and at the end kernels.md and a
-plot an op. An op that differs from its reference in float64 stops the run before anything is timed (exit code 1). --tune measures launch
+On a GPU the Triton kernels are measured, elsewhere the PyTorch paths. Writes kernels.json and kernels.md after every case, and
+a plot an op at the end. An op that differs from its reference in float64 stops the run before anything is timed (exit code 1). --tune measures launch
 configurations on a GPU and rewrites the tables beside the kernels.
 """
 
@@ -54,7 +54,6 @@ def run(options: argparse.Namespace) -> None:
     goals = goal_rows(results, ops)
     for row in goals:
         print(f"{row['device']}  {row['op']:20} {row['goal']}: {row['measured']}, met: {row['met']}")
-    (options.out / "kernels.md").write_text(markdown(results, goals), encoding="utf-8")
     paths = [options.out / "kernels.json", options.out / "kernels.md"]
     from spade_t5.benchmarks.kernels.plots import draw  # numbers are worth having without matplotlib too
 
@@ -63,9 +62,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _keep(results: Results, case: CaseResult, ops: list[str], out: Path) -> None:
     for found in case.measurements:
-        both = found.times.get("both", found.times.get("forward", {})).get("median_seconds")
-        print(f"{case.op}, {case.case}: {found.contender}: {found.error or f'{1e3 * both:.3f} ms'}", flush=True)
-    report.write("kernels", {**results.to_json(), "goals": goal_rows(results, ops)}, out)
+        seconds = found.seconds("both") or found.seconds("forward")
+        outcome = found.error if seconds is None else f"{1e3 * seconds:.3f} ms"
+        print(f"{case.op}, {case.case}: {found.contender}: {outcome}", flush=True)
+    goals = goal_rows(results, ops)
+    report.write("kernels", {**results.to_json(), "goals": goals}, out)
+    (out / "kernels.md").write_text(markdown(results, goals), encoding="utf-8")
 
 
 def _tune(ops: list[str], device: str) -> None:

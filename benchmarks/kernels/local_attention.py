@@ -111,7 +111,7 @@ def tuning_workloads() -> dict[str, Callable[[], Workload]]:
     """Every head size, class of window and width of the inputs that the launch table knows."""
     plan = plan_for("cuda", is_quick=False)
     windows = {"narrow": (127, 127), "wide": (511, 511), "causal": (None, 0), "full": (None, None)}
-    found = {}
+    found: dict[str, Callable[[], Workload]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         for d_kv in (64, 128, 32, 16):
             for name, (left, right) in windows.items():
@@ -216,7 +216,7 @@ def _longt5(plan: Plan, shape: _Shape, *, is_compiled: bool = False) -> Workload
         local_radius=shape.block - 1,
         dropout_rate=0.0,
     )
-    attention = LongT5LocalAttention(config)
+    attention: Any = LongT5LocalAttention(config)
     attention.q, attention.k, attention.v, attention.o = _Given(q), _Given(k), _Given(v), nn.Identity()
     ones = torch.ones(1, shape.length, dtype=torch.long, device=plan.device)
     mask = _get_local_attention_mask(ones, shape.block, ones.device)

@@ -68,7 +68,7 @@ def checks(plan: Plan) -> Iterator[Check]:
 def tuning_workloads() -> dict[str, Callable[[], Workload]]:
     """Every width that the launch table knows, with and without the transposed copy of the norm."""
     plan = plan_for("cuda", is_quick=False)
-    found = {}
+    found: dict[str, Callable[[], Workload]] = {}
     for d_model in (1024, 512, 2048, 256, 4096, 128, 8192):
         wide = replace(plan, d_model=d_model)
         rows = plan.tokens * plan.d_model // d_model

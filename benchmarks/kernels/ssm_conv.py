@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from spade_t5.kernels.ssm_conv import (
 )
 from spade_t5.layers.ssm import S4, S4D, SSMMixer
 
-_DT_RANGE = {"dt_min": 1e-3, "dt_max": 1e-1}
+_DT_RANGE: dict[str, Any] = {"dt_min": 1e-3, "dt_max": 1e-1}
 
 
 def cases(plan: Plan) -> Iterator[Case]:
@@ -76,7 +77,7 @@ def checks(plan: Plan) -> Iterator[Check]:
 def tuning_workloads() -> dict[str, Callable[[], Workload]]:
     """Dense and diagonal systems, each class of length, packed and not, both widths of the inputs."""
     plan = plan_for("cuda", is_quick=False)
-    found = {}
+    found: dict[str, Callable[[], Workload]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         for mixer_class in (S4, S4D):
             for length in (4096, 512):

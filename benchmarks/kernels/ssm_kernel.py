@@ -10,6 +10,7 @@ Letters: S sides, D channels, N d_state, M = N / 2 pairs, L lags, F = L / 2 + 1 
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from spade_t5.benchmarks.kernels.cases import OURS, Benchmark, Case, Check, Plan, Work, Workload
 from spade_t5.layers.ssm import S4, S4D, SSMMixer
 
-_DT_RANGE = {"dt_min": 1e-3, "dt_max": 1e-1}
+_DT_RANGE: dict[str, Any] = {"dt_min": 1e-3, "dt_max": 1e-1}
 _MAX_ROUNDS = 5
 
 
@@ -78,6 +79,7 @@ def _own(mixer: SSMMixer, length: int) -> _Generator:
 
 
 def _vandermonde(mixer: SSMMixer, length: int, dtype: torch.dtype = torch.float32) -> _Generator:
+    assert isinstance(mixer, S4D)
     j = torch.arange(length, device=mixer.D.device, dtype=dtype)
 
     def generate() -> Tensor:
