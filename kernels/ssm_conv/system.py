@@ -51,6 +51,11 @@ class ChunkedSystem(NamedTuple):
         """Whether the transition is a matrix."""
         return self.transition.dim() == 3
 
+    @property
+    def transition_class(self) -> str:
+        """Name of the kind of transition: "dense" or "diagonal"."""
+        return "dense" if self.is_dense else "diagonal"
+
     def half(self) -> "ChunkedSystem":
         """The frozen system with `local`, `w` and `p` in float16."""
         local, w, p = (x.detach().to(torch.float16) for x in (self.local, self.w, self.p))

@@ -413,6 +413,92 @@ def ssm_chunk_dstates_kernel(
 
 
 @triton.jit
+def ssm_chunk_dtransition_dense_kernel(
+    p_dadded,
+    p_states,
+    p_unscale_d,
+    p_unscale_s,
+    p_num_pieces,
+    p_out,
+    num_columns,
+    N,
+    SIDES: tl.constexpr,
+    PACKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """DA_nm = sum over sides and columns without an edge of dS_n s_m."""
+    i_d = tl.program_id(1).to(tl.int64)
+    o_n = tl.program_id(0) // tl.cdiv(N, BLOCK_M) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = tl.program_id(0) % tl.cdiv(N, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_out = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for i_side in tl.static_range(SIDES):
+        for i_x in range(0, num_columns, BLOCK_X):
+            o_x = i_x + tl.arange(0, BLOCK_X)
+            m_x = o_x < num_columns
+            if PACKED:
+                m_x = m_x & (tl.load(p_num_pieces + o_x, mask=m_x, other=0) == 1)
+            o_column = (i_d * num_columns + o_x) * SIDES + i_side
+            b_d = _load_states(p_dadded, p_unscale_d, o_column, m_x, o_n, o_n < N, N, SCALED)
+            b_s = _load_states(p_states, p_unscale_s, o_column, m_x, o_m, o_m < N, N, SCALED)
+            b_out = tl.dot(tl.trans(b_d), b_s, b_out, input_precision="ieee")
+    p_tile = p_out + (i_d * N + o_n[:, None]) * N + o_m[None, :]
+    tl.store(p_tile, b_out, mask=(o_n < N)[:, None] & (o_m < N)[None, :])
+
+
+@triton.jit
+def ssm_chunk_dtransition_diagonal_kernel(
+    p_dadded,
+    p_states,
+    p_unscale_d,
+    p_unscale_s,
+    p_num_pieces,
+    p_out,
+    num_columns,
+    N,
+    SIDES: tl.constexpr,
+    PACKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The same for pairs: dS times the conjugate of s."""
+    i_d = tl.program_id(1).to(tl.int64)
+    num_pairs = N // 2
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < num_pairs
+    b_re = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    b_im = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for i_side in tl.static_range(SIDES):
+        for i_x in range(0, num_columns, BLOCK_X):
+            o_x = i_x + tl.arange(0, BLOCK_X)
+            m_x = o_x < num_columns
+            if PACKED:
+                m_x = m_x & (tl.load(p_num_pieces + o_x, mask=m_x, other=0) == 1)
+            o_column = (i_d * num_columns + o_x) * SIDES + i_side
+            b_d_re = _load_states(p_dadded, p_unscale_d, o_column, m_x, o_n, m_n, N, SCALED)
+            b_d_im = _load_states(p_dadded + num_pairs, p_unscale_d, o_column, m_x, o_n, m_n, N, SCALED)
+            b_s_re = _load_states(p_states, p_unscale_s, o_column, m_x, o_n, m_n, N, SCALED)
+            b_s_im = _load_states(p_states + num_pairs, p_unscale_s, o_column, m_x, o_n, m_n, N, SCALED)
+            b_re += tl.sum(b_d_re * b_s_re + b_d_im * b_s_im, axis=0)
+            b_im += tl.sum(b_d_im * b_s_re - b_d_re * b_s_im, axis=0)
+    tl.store(p_out + i_d * N + o_n, b_re, mask=m_n)
+    tl.store(p_out + i_d * N + num_pairs + o_n, b_im, mask=m_n)
+
+
+@triton.jit
+def _load_states(p_states, p_unscale, o_column, m_x, o_n, m_n, N, SCALED: tl.constexpr):
+    """States o_n of a side of each column, in float32 and in their own unit; zero where a column does not count."""
+    p_tile = p_states + o_column[:, None] * N + o_n[None, :]
+    b_s = tl.load(p_tile, mask=m_x[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+    if SCALED:
+        b_s = b_s * tl.load(p_unscale + o_column, mask=m_x, other=0.0)[:, None]
+    return b_s
+
+
+@triton.jit
 def _columns(o_x, i_d, stride_b, stride_d, L, num_chunks, T: tl.constexpr):
     """Offset of the first token of each column, and the tokens of the row from there on."""
     o_first = (o_x % num_chunks) * T

@@ -17,6 +17,8 @@ from spade_t5.kernels.ssm_conv.system import ChunkedSystem
 from spade_t5.kernels.ssm_conv.triton_kernels import (
     ssm_chunk_dlocal_kernel,
     ssm_chunk_dstates_kernel,
+    ssm_chunk_dtransition_dense_kernel,
+    ssm_chunk_dtransition_diagonal_kernel,
     ssm_chunk_outputs_kernel,
     ssm_chunk_recurrence_dense_kernel,
     ssm_chunk_recurrence_diagonal_kernel,
@@ -158,11 +160,6 @@ class _States(NamedTuple):
     unscale_DXS: Tensor | None
     unscale_tokens_DX: Tensor | None
 
-    def in_float(self, num_sides: int) -> Tensor:
-        """(D, X, S, N) float32."""
-        states_DXSN = self.states_DXR.float().unflatten(2, (num_sides, -1))
-        return states_DXSN if self.unscale_DXS is None else states_DXSN * self.unscale_DXS[..., None]
-
 
 class _Pass:
     """The forward pass, or its adjoint: the same kernels on transposed matrices, both sides turned round."""
@@ -233,7 +230,7 @@ class _Pass:
             PACKED=self.documents is not None,
             SCALED=is_scaled,
             BLOCK_N=triton.next_power_of_2(num_lanes),
-            **launch_config("ssm_conv", f"recurrence/{self._transition_class}", x_BDL.device),
+            **launch_config("ssm_conv", f"recurrence/{self.system.transition_class}", x_BDL.device),
         )
         return _States(states_DXR, unscale_DXS, unscale_tokens_DX if is_scaled else None)
 
@@ -277,10 +274,6 @@ class _Pass:
             **config,
         )
         return y_BDL
-
-    @property
-    def _transition_class(self) -> str:
-        return "dense" if self.system.is_dense else "diagonal"
 
 
 def _dlocal(dy_BDL: Tensor, u_BDL: Tensor, system: ChunkedSystem, documents: ChunkDocuments | None) -> Tensor:
@@ -344,16 +337,30 @@ def _dstates(
 
 
 def _dtransition(dadded: _States, states: _States, system: ChunkedSystem, documents: ChunkDocuments | None) -> Tensor:
-    """Sum over sides and chunks without an edge of dS s', in float32."""
-    dadded_DXSN, states_DXSN = dadded.in_float(system.num_sides), states.in_float(system.num_sides)
-    if documents is not None:
-        is_one_piece_X = documents.num_pieces.flatten() == 1
-        dadded_DXSN = torch.where(is_one_piece_X[:, None, None], dadded_DXSN, 0.0)
-    dadded_DYN, states_DYN = dadded_DXSN.flatten(1, 2), states_DXSN.flatten(1, 2)
+    d_model, num_columns, _ = states.states_DXR.shape
+    num_states = system.num_states
+    out = torch.empty_like(system.transition, dtype=torch.float32, memory_format=torch.contiguous_format)
+    config = dict(launch_config("ssm_conv", f"dtransition/{system.transition_class}", out.device))
+    kernel = ssm_chunk_dtransition_diagonal_kernel
+    num_tiles = triton.cdiv(num_states // 2, config["BLOCK_N"])
     if system.is_dense:
-        return torch.bmm(dadded_DYN.transpose(1, 2), states_DYN)
-    (d_re, d_im), (s_re, s_im) = dadded_DYN.chunk(2, dim=-1), states_DYN.chunk(2, dim=-1)
-    return torch.cat((d_re * s_re + d_im * s_im, d_im * s_re - d_re * s_im), dim=-1).sum(dim=1)
+        kernel = ssm_chunk_dtransition_dense_kernel
+        num_tiles = triton.cdiv(num_states, config["BLOCK_N"]) * triton.cdiv(num_states, config["BLOCK_M"])
+    kernel[num_tiles, d_model](
+        dadded.states_DXR,
+        states.states_DXR,
+        dadded.unscale_DXS,
+        states.unscale_DXS,
+        None if documents is None else documents.num_pieces,
+        out,
+        num_columns=num_columns,
+        N=num_states,
+        SIDES=system.num_sides,
+        PACKED=documents is not None,
+        SCALED=states.unscale_DXS is not None,
+        **config,
+    )
+    return out
 
 
 def _documents(piece: Tensor | None, num_pieces: Tensor | None, is_linked: Tensor | None) -> ChunkDocuments | None:

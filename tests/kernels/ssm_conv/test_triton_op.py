@@ -1,5 +1,6 @@
 """The chunked convolution by Triton against the impulse response and against its twin, in float64."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -10,12 +11,13 @@ from spade_t5.kernels.ssm_conv import ChunkedSystem, chunk_tokens, chunked_syste
 from spade_t5.testing.kernels import assert_near, poisoned_allocations
 
 F64 = torch.float64
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = ("y", "du", "dlocal", "dw", "dp", "dtransition")
 HALF = (torch.float16, torch.bfloat16)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(DEVICE, dtype)
 
 
 def any_system(
@@ -35,7 +37,7 @@ def any_system(
 def real_system(tokens: int, *, d_model: int = 2, num_states: int = 6, num_sides: int = 2) -> ChunkedSystem:
     """Powers of a contraction: what `impulse_response` holds of."""
     transition = torch.linalg.qr(randn(d_model, num_states, num_states, seed=4, dtype=F64)).Q * 0.95
-    powers = [torch.eye(num_states, dtype=F64).expand(d_model, -1, -1)]
+    powers = [torch.eye(num_states, dtype=F64, device=DEVICE).expand(d_model, -1, -1)]
     for _ in range(tokens):
         powers.append(transition @ powers[-1])
     stacked_DXNN = torch.stack(powers, dim=1)
@@ -54,7 +56,7 @@ def packed_rows(batch: int, length: int, seed: int = 0) -> Tensor:
         segment_ids[row, torch.rand(length, generator=generator) < 0.1] = 0
         segment_ids[row, : length // 9] = 0
         segment_ids[row, length - length // 10 :] = 0
-    return segment_ids
+    return segment_ids.to(DEVICE)
 
 
 def run(
@@ -68,7 +70,8 @@ def run(
 ) -> list[Tensor]:
     u = u.detach().requires_grad_()
     system = ChunkedSystem(*(x.detach().requires_grad_(trains) for x in system))
-    with poisoned_allocations():
+    # A GPU's library has no deterministic product for the references without a setting of the environment.
+    with poisoned_allocations() if backend == "triton" else contextlib.nullcontext():
         y = ssm_conv_chunked(u, system, segment_ids=segment_ids, backend=backend)
         y.backward(scale * randn(*u.shape, seed=9, dtype=u.dtype))
     return [y.detach(), *(x.grad for x in (u, *system) if x.grad is not None)]
@@ -138,7 +141,7 @@ def test_size_of_chunks_does_not_matter() -> None:
 
 
 def test_shift_equivariance_on_zero_extended_input() -> None:
-    u = torch.zeros(1, 200, 2)
+    u = torch.zeros(1, 200, 2, device=DEVICE)
     u[:, 40:100] = randn(1, 60, 2, seed=8)
     system = ChunkedSystem(*(x.float() for x in real_system(32)))
     y, shifted = (ssm_conv_chunked(x, system, backend="triton") for x in (u, u.roll(57, dims=1)))
@@ -169,7 +172,7 @@ def test_packed_equals_separate_documents(seed: int) -> None:
 
 def test_documents_do_not_leak_not_even_nan() -> None:
     u, system = randn(1, 100, 2, seed=8), any_system(16)
-    segment_ids = torch.tensor([[0] * 5 + [1] * 35 + [2] * 25 + [3] * 32 + [0] * 3])
+    segment_ids = torch.tensor([[0] * 5 + [1] * 35 + [2] * 25 + [3] * 32 + [0] * 3], device=DEVICE)
     changed = torch.where((segment_ids == 2)[:, :, None], 1e6, u).masked_fill((segment_ids == 0)[:, :, None], torch.nan)
     others = [*range(40), *range(65, 100)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -229,7 +232,9 @@ def test_takes_any_strides() -> None:
 
 
 def test_row_of_padding_only_is_zero() -> None:
-    results = run(randn(2, 40, 2, seed=8), any_system(16), torch.zeros(2, 40, dtype=torch.int64), "triton")
+    results = run(
+        randn(2, 40, 2, seed=8), any_system(16), torch.zeros(2, 40, dtype=torch.int64, device=DEVICE), "triton"
+    )
     assert all((x == 0).all() for x in results)
 
 
@@ -249,7 +254,7 @@ def _checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*arguments: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return function(*arguments)
 
     return call
@@ -272,7 +277,7 @@ def test_wrapped_runs_give_the_same(wrap: Callable[[Callable[..., Tensor]], Call
 
 
 def test_longer_rows_take_longer_chunks() -> None:
-    sizes = [chunk_tokens(length, torch.device("cpu")) for length in (1, 512, 2048, 1 << 20)]
+    sizes = [chunk_tokens(length, DEVICE) for length in (1, 512, 2048, 1 << 20)]
     assert sizes == sorted(sizes)
     assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
@@ -284,15 +289,14 @@ def test_longer_rows_take_longer_chunks() -> None:
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_real_sizes_on_a_gpu(tokens: int, is_dense: bool, is_packed: bool) -> None:
     length, d_model = 4099, 48
-    system = ChunkedSystem(*(x.cuda() for x in any_system(tokens, d_model=d_model, num_states=64, is_dense=is_dense)))
+    system = any_system(tokens, d_model=d_model, num_states=64, is_dense=is_dense)
     segment_ids = None
     if is_packed:
-        documents = torch.cat([torch.full((n,), i) for i, n in enumerate((0, 1000, 7, 1, 300, 1500, 1000), start=0)])
-        segment_ids = (
-            torch.cat((documents, torch.zeros(length - len(documents), dtype=torch.int64))).expand(3, -1).cuda()
-        )
+        lengths = torch.tensor([1000, 7, 1, 300, 1500, 1000, 291])
+        ids = torch.tensor([0, 1, 2, 3, 4, 5, 0])
+        segment_ids = ids.repeat_interleave(lengths).expand(3, -1).to(DEVICE)
     for dtype in (torch.float32, *HALF):
-        u = randn(3, length, d_model, seed=8, dtype=dtype).cuda()
+        u = randn(3, length, d_model, seed=8, dtype=dtype)
         leaves = [[x.clone().requires_grad_() for x in (u, *system)] for _ in range(2)]
         leaves.append([x.double().requires_grad_() for x in (u, *system)])
         results = []
@@ -301,5 +305,4 @@ def test_real_sizes_on_a_gpu(tokens: int, is_dense: bool, is_packed: bool) -> No
             y.backward(randn(3, length, d_model, seed=9, dtype=dtype).to(y))
             results.append([y.detach(), *(x.grad for x in tensors)])
         assert_all_near(results[0], results[2], dtype)
-        # The gradient of a dense transition is cuBLAS's, the rest is ours.
-        assert all(torch.equal(a, b) for a, b in zip(results[0][:-1], results[1][:-1], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*results[:2], strict=True))
