@@ -9,7 +9,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 # The oldest Triton that is supported, beside everything else of $(VENV): its compiler differs, so kernels are compiled by both.
 TRITON_MIN := .venv-triton-min
 
-.PHONY: demo test lint types triton-min bench-step clean
+.PHONY: demo test lint types triton-min bench-step bench-kernels clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,6 +42,9 @@ bench-step: $(INSTALLED)  ## training step and span corruption against the peers
 	$(BIN)/spade-t5 bench step --out docs/results
 	$(BIN)/spade-t5 bench encoder --out docs/results
 	$(BIN)/spade-t5 bench data --out docs/results
+
+bench-kernels: $(INSTALLED)  ## every op against its peers; writes docs/results
+	$(BIN)/spade-t5 bench kernels --out docs/results
 
 clean:  ## removes what was built and trained here
 	rm -rf $(VENV) $(TRITON_MIN) runs build dist *.egg-info

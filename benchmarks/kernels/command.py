@@ -4,8 +4,8 @@
     spade-t5 bench kernels --tune [--op local_attention]
 
 On a GPU the Triton kernels are measured, elsewhere the PyTorch paths. Writes kernels.json and kernels.md after every case, and
-a plot an op at the end. An op that differs from its reference in float64 stops the run before anything is timed (exit code 1). --tune measures launch
-configurations on a GPU and rewrites the tables beside the kernels.
+a plot an op at the end. An op that differs from its reference in float64 stops the run before anything is timed (exit code 1).
+--tune measures launch configurations on a GPU and rewrites the tables beside the kernels.
 """
 
 import argparse
@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the benchmark, print the goals, write the files; or tune."""
+    if options.rounds < 1:
+        raise ConfigError(f"--rounds: {options.rounds} must be at least 1")
     ops = {name: OPS[name] for name in options.op or OPS}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -54,10 +56,16 @@ def run(options: argparse.Namespace) -> None:
     goals = goal_rows(results, ops)
     for row in goals:
         print(f"{row['device']}  {row['op']:20} {row['goal']}: {row['measured']}, met: {row['met']}")
-    paths = [options.out / "kernels.json", options.out / "kernels.md"]
-    from spade_t5.benchmarks.kernels.plots import draw  # numbers are worth having without matplotlib too
+    print(options.out / "kernels.json", options.out / "kernels.md", *_plots(results, options.out), sep="\n")
 
-    print(*paths, *draw(results, options.out), sep="\n")
+
+def _plots(results: Results, out: Path) -> list[Path]:
+    try:
+        from spade_t5.benchmarks.kernels.plots import draw
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error}; run `pip install matplotlib`", file=sys.stderr)
+        return []
+    return draw(results, out)
 
 
 def _keep(results: Results, case: CaseResult, ops: list[str], out: Path) -> None:

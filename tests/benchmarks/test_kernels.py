@@ -1,6 +1,7 @@
 """`spade-t5 bench kernels`: files, goals, red checks, failing peers, time limit, tuning without a GPU."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,15 @@ def test_a_gpu_run_asks_every_peer() -> None:
     }
     lengths = {case.length for case in OPS["local_attention"].cases(plan)}
     assert lengths == {512, 4096, 16384, 65536}
+
+
+def test_numbers_are_kept_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "spade_t5.benchmarks.kernels.plots", None)
+    assert main(["bench", "kernels", "--quick", "--op", "gated_gelu", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"kernels.json", "kernels.md"}
+    assert "no plots" in capsys.readouterr().err
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
