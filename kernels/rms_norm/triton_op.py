@@ -17,8 +17,9 @@ from spade_t5.kernels.rms_norm.triton_kernels import rms_norm_bwd_kernel, rms_no
 
 _SMALLEST_CLASS, _LARGEST_CLASS = 128, 8192
 
-# A tile of wider rows holds too few of them to read a (B, D, L) tensor well; it is copied to rows first.
-_WIDEST_TRANSPOSED = 4096
+# The backward pass holds fewer than 8 wider rows in a tile, so little of each sector of a (B, D, L) tensor that a copy
+# to rows comes first.
+_WIDEST_TRANSPOSED = 1024
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:

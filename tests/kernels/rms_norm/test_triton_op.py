@@ -68,7 +68,7 @@ def test_norm_equals_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 17, 130), (1, 64, 48), (3, 65, 16), (1, 3, 4100)])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 17, 130), (1, 64, 48), (3, 65, 16), (1, 3, 1030)])
 def test_transposed_input_and_second_output(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = normal(*shape, seed=0, dtype=dtype), normal(shape[-1], seed=1)
     for layout in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -81,7 +81,7 @@ def test_transposed_input_and_second_output(shape: tuple[int, ...], dtype: torch
         assert torch.equal(y, y_t)
         exact = exact_of(lambda *leaves: (rms_norm_naive(*leaves),) * 2, x, weight.float())
         assert_all_near("y y_t dx dweight", actual, exact, dtype)
-    assert actual[2].transpose(1, 2).is_contiguous() or shape[-1] > 4096
+    assert actual[2].transpose(1, 2).is_contiguous() or shape[-1] > 1024
 
 
 @pytest.mark.parametrize(("dtype", "residual_dtype"), [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F32, BF16)])
