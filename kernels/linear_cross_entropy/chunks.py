@@ -20,13 +20,13 @@ RowStep = Callable[[Tensor, Tensor, Tensor, LossTerms, bool], None]
 """(logits_CV, labels_C, losses_C, terms, with_gradient): fills the losses; with_gradient: turns logits into d loss."""
 
 # A GPU's chunk is 256 MB of bfloat16 logits at most: thousands of rows, so that the sum of dweight in memory costs little
-# beside its product. On a CPU the same balance allows fewer, and memory blocks below 32 MB are kept by the C library.
+# beside its product. On a CPU hundreds do, and the C library keeps freed memory for the next chunk below 32 MB only.
 _CHUNK_ELEMENTS = {"cpu": 1 << 23}
 _CHUNK_ELEMENTS_GPU = 1 << 27
 
 
 def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
-    """Rows whose logits are held at one time; a function of the vocabulary only, so that results do not depend on more."""
+    """Rows whose logits are held at one time: by the vocabulary and the kind of device, not by what memory is free."""
     rows = max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_GPU) // vocab_size)
     return rows - rows % 128 if rows >= 128 else rows
 
