@@ -17,9 +17,9 @@ PARTS = ("forward", "backward", "both")
 
 # Larger than the second-level cache of any GPU, so that no part finds its inputs there.
 _FLUSH_BYTES = 256 << 20
-# About a millisecond in which the GPU waits: all launches of a part are then queued before it starts, and the times are
-# the GPU's and not those of Python.
-_HEAD_START_CYCLES = 2_000_000
+# About two milliseconds in which the GPU waits: all launches of a part are then queued before it starts, and the times
+# are the GPU's and not those of Python.
+_HEAD_START_CYCLES, _HEAD_START_SECONDS = 4_000_000, 2e-3
 _WARM_ROUNDS = 3
 _MAX_ROUNDS = 100
 
@@ -46,7 +46,7 @@ def time_on_gpu(workload: Workload, *, seconds: float) -> Times:
     started = time.perf_counter()
     workload.backward(workload.outputs())
     torch.cuda.synchronize()
-    rounds = int(seconds / (time.perf_counter() - started + 2e-3))
+    rounds = int(seconds / (time.perf_counter() - started + 2 * _HEAD_START_SECONDS))
     rounds = min(max(rounds, 5), _MAX_ROUNDS)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(4)] for _ in range(rounds)]
     for before_forward, after_forward, before_backward, after_backward in events:

@@ -7,9 +7,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 
 from spade_t5.benchmarks.kernels.cases import OURS
 from spade_t5.benchmarks.kernels.results import CaseResult, Results
+from spade_t5.benchmarks.kernels.table import significant
 
 _PARTS = ("forward", "backward")
 
@@ -22,19 +24,19 @@ def draw(results: Results, out: Path) -> list[Path]:
     """
     paths = []
     for op in dict.fromkeys(case.op for case in results.cases):
-        groups = [group for name, group in results.groups() if name == op]
+        groups = [results.group(op, group) for name, group in results.groups() if name == op]
+        measured = {part for cases in groups for case in cases for found in case.measurements for part in found.times}
+        parts = [part for part in _PARTS if part in measured]
+        if not parts:
+            continue
         figure, axes = pyplot.subplots(
-            len(groups), 2, figsize=(9.0, 2.8 * len(groups)), squeeze=False, layout="constrained"
+            len(groups), len(parts), figsize=(4.5 * len(parts), 2.8 * len(groups)), squeeze=False, layout="constrained"
         )
-        for row, group in zip(axes, groups, strict=True):
-            cases = results.group(op, group)
-            for axis, part in zip(row, _PARTS, strict=True):
-                if not any(part in found.times for case in cases for found in case.measurements):
-                    axis.set_visible(False)
-                    continue
+        for row, cases in zip(axes, groups, strict=True):
+            for axis, part in zip(row, parts, strict=True):
                 (_lines if len(cases) > 1 else _bars)(axis, cases, part)
-                axis.set_title(f"{group}: {part}", fontsize=9)
-                axis.tick_params(labelsize=8)
+                axis.set_title(f"{cases[0].group}: {part}", fontsize=9)
+                axis.tick_params(which="both", labelsize=8)
         path = out / f"kernels-{op}.png"
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
@@ -62,6 +64,8 @@ def _lines(axis: Axes, cases: list[CaseResult], part: str) -> None:
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axis.set_xlabel("tokens a row (equally many tokens in all)", fontsize=8)
     axis.set_ylabel("milliseconds", fontsize=8)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.6)))
     axis.grid(visible=True, which="both", alpha=0.25)
     axis.legend(fontsize=7)
 
@@ -73,9 +77,8 @@ def _bars(axis: Axes, cases: list[CaseResult], part: str) -> None:
     if known:
         names, times = zip(*known, strict=True)
         bars = axis.barh(names, times, height=0.6)
-        axis.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
-        axis.margins(x=0.15)
-    axis.axvline(1e3 * case.least_seconds[part], color="black", linestyle=":", linewidth=1, label="roofline")
+        axis.bar_label(bars, [significant(time) for time in times], fontsize=8, padding=2)
+        axis.margins(x=0.2)
+    axis.axvline(1e3 * case.least_seconds[part], color="black", linestyle=":", linewidth=1)
     axis.invert_yaxis()
-    axis.set_xlabel("milliseconds", fontsize=8)
-    axis.legend(fontsize=7, loc="lower right")
+    axis.set_xlabel("milliseconds (dotted: roofline)", fontsize=8)

@@ -13,7 +13,7 @@ from spade_t5.benchmarks.kernels.ceilings import measure_ceilings
 from spade_t5.benchmarks.kernels.registry import OPS, build_workload
 from spade_t5.benchmarks.kernels.results import CaseResult, Measurement, Results
 
-_GPU_SECONDS = 0.3
+_GPU_SECONDS = 0.4
 """Time given to the rounds of one contender on one case."""
 
 

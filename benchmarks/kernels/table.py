@@ -33,6 +33,11 @@ def markdown(results: Results, goals: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def significant(value: float) -> str:
+    """Three digits, all of those before the point: 0.0123, 4.56, 1,234."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _op_table(cases: list[CaseResult]) -> list[str]:
     lines = [
         "| case | contender | forward | backward | both | ours against it | TFLOP/s | GB/s | of roofline | peak memory |",
@@ -69,4 +74,4 @@ def _time(times: dict[str, float] | None) -> str:
     if times is None:
         return ""
     median, p20, p80 = (1e3 * times[f"{name}_seconds"] for name in ("median", "p20", "p80"))
-    return f"{median:.3g} ms ({p20:.3g} to {p80:.3g})"
+    return f"{significant(median)} ms ({significant(p20)} to {significant(p80)})"
