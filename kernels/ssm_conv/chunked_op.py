@@ -12,6 +12,7 @@ from spade_t5.kernels.ssm_conv.torch_chunked import ssm_conv_chunked_torch
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 _MIN_TRITON_CHUNK = 16
+_MAX_TRITON_DENSE_STATES = 128
 
 
 def ssm_conv_chunked(
@@ -65,6 +66,11 @@ def ssm_conv_chunked(
             raise ValueError(
                 f"system.local has chunks of {tokens} tokens; Triton takes a power of two of at least"
                 f" {_MIN_TRITON_CHUNK}: build the system for chunk_tokens(length, device)"
+            )
+        if system.is_dense and system.num_states > _MAX_TRITON_DENSE_STATES:
+            raise ValueError(
+                f"system.transition has {system.num_states} states a side; Triton holds a dense transition in registers"
+                f" and takes at most {_MAX_TRITON_DENSE_STATES}: choose fewer, a diagonal system, or backend 'torch'"
             )
         return ssm_conv_chunked_triton(u, system, segment_ids)
     return (ssm_conv_chunked_naive if chosen == "naive" else ssm_conv_chunked_torch)(u, system, segment_ids)

@@ -57,7 +57,8 @@ def ssm_chunk_states_kernel(
 
     if SCALED:
         b_largest = tl.zeros((BLOCK_X,), dtype=tl.float32)
-        for i_t in range(0, T, BLOCK_T):
+        # Unrolled, so that all loads are on their way at once.
+        for i_t in tl.static_range(0, T, BLOCK_T):
             o_t = i_t + tl.arange(0, BLOCK_T)
             b_u = _load_tokens(p_u, o_token, o_left, m_x, o_t)
             if PACKED:

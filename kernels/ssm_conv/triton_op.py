@@ -26,6 +26,7 @@ from spade_t5.kernels.ssm_conv.triton_kernels import (
 )
 
 _MIN_DOT_SIDE = 16
+_MIN_DENSE_CLASS = 64
 
 
 def ssm_conv_chunked_triton(u_BLD: Tensor, system: ChunkedSystem, segment_ids: Tensor | None = None) -> Tensor:
@@ -211,10 +212,11 @@ class _Pass:
         transition = self.system.transition
         if self.system.is_dense and not self.is_adjoint:
             transition = transition.transpose(1, 2)
-        kernel = ssm_chunk_recurrence_diagonal_kernel
-        num_lanes = num_states // 2
+        kernel, variant = ssm_chunk_recurrence_diagonal_kernel, "recurrence/diagonal"
+        block = triton.next_power_of_2(num_states // 2)
         if self.system.is_dense:
-            kernel, num_lanes = ssm_chunk_recurrence_dense_kernel, num_states
+            block = triton.next_power_of_2(num_states)
+            kernel, variant = ssm_chunk_recurrence_dense_kernel, f"recurrence/dense/{max(block, _MIN_DENSE_CLASS)}"
         kernel[d_model, num_sides, batch](
             added_DXR,
             transition.contiguous(),
@@ -229,8 +231,8 @@ class _Pass:
             REVERSED=self.is_adjoint,
             PACKED=self.documents is not None,
             SCALED=is_scaled,
-            BLOCK_N=triton.next_power_of_2(num_lanes),
-            **launch_config("ssm_conv", f"recurrence/{self.system.transition_class}", x_BDL.device),
+            BLOCK_N=block,
+            **launch_config("ssm_conv", variant, x_BDL.device),
         )
         return _States(states_DXR, unscale_DXS, unscale_tokens_DX if is_scaled else None)
 

@@ -8,18 +8,25 @@ import torch
 from spade_t5.kernels.ssm_conv.system import ChunkedSystem
 from spade_t5.kernels.ssm_conv.triton_op import ssm_conv_chunked_triton
 
-_LENGTH, _D_MODEL, _NUM_STATES = 512, 16, 64
+_LENGTH, _D_MODEL = 512, 16
 
 
 def _call(
-    dtype: torch.dtype, tokens: int, *, is_dense: bool, is_packed: bool, trains: bool = True, num_sides: int = 2
+    dtype: torch.dtype,
+    tokens: int,
+    *,
+    is_dense: bool,
+    is_packed: bool,
+    trains: bool = True,
+    num_sides: int = 2,
+    num_states: int = 64,
 ) -> None:
-    states = num_sides * _NUM_STATES
+    states = num_sides * num_states
     system = ChunkedSystem(
         torch.zeros(_D_MODEL, tokens, tokens, requires_grad=trains),
         torch.zeros(_D_MODEL, states, tokens, requires_grad=trains),
         torch.zeros(_D_MODEL, tokens, states, requires_grad=trains),
-        torch.zeros(_D_MODEL, *[_NUM_STATES] * (2 if is_dense else 1), requires_grad=trains),
+        torch.zeros(_D_MODEL, *[num_states] * (2 if is_dense else 1), requires_grad=trains),
     )
     u = torch.zeros(2, _LENGTH, _D_MODEL, dtype=dtype, requires_grad=True)
     segment_ids = torch.ones(2, _LENGTH, dtype=torch.int64) if is_packed else None
@@ -41,3 +48,6 @@ CASES["bfloat16/256/dense/packed/frozen"] = lambda: _call(
     torch.bfloat16, 256, is_dense=True, is_packed=True, trains=False
 )
 CASES["bfloat16/128/dense/causal"] = lambda: _call(torch.bfloat16, 128, is_dense=True, is_packed=False, num_sides=1)
+CASES["bfloat16/128/dense/packed/frozen/128 states"] = lambda: _call(
+    torch.bfloat16, 128, is_dense=True, is_packed=True, trains=False, num_states=128
+)

@@ -61,6 +61,15 @@ def test_right_use_is_accepted() -> None:
             },
             r"system.local has chunks of 24 tokens; Triton takes a power of two of at least 16: build the system for",
         ),
+        (
+            {
+                "backend": "triton",
+                "w": torch.zeros(3, 130, 16),
+                "p": torch.zeros(3, 16, 130),
+                "transition": torch.zeros(3, 130, 130),
+            },
+            r"system.transition has 130 states a side; Triton holds .* at most 128: choose fewer, a diagonal system",
+        ),
     ],
 )
 def test_wrong_use_is_refused(changes: dict[str, Any], message: str) -> None:
