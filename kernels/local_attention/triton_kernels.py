@@ -283,6 +283,7 @@ def local_attention_fwd_kernel(
         "gap1",
         "near_first",
         "near_last",
+        "num_near",
         "drop_below",
     ]
 )
@@ -326,6 +327,7 @@ def local_attention_bwd_dq_kernel(
     gap1,
     near_first,
     near_last,
+    num_near,
     keep_scale,
     drop_below,
     K: tl.constexpr,
@@ -335,15 +337,23 @@ def local_attention_bwd_dq_kernel(
     IS_RAGGED: tl.constexpr,
     DROPOUT: tl.constexpr,
     BIAS_GRADIENT: tl.constexpr,
+    BANDS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """The gradient to BLOCK_M queries, delta = rowsum(dO * O) for the other kernel, and this tile's share of the bias's.
 
-    The bias gradient needs the sums of dS along diagonals. Row m of a tile is rotated by m, which makes diagonals
-    columns: column c then holds offset c of the rows above the wrap and offset c - BLOCK_N below it. The latter belongs
-    to the columns of the tile to the left, so neighbouring tiles add up to one vector over offsets, of which BLOCK_N
-    entries are finished, and written, with every tile. Tiles whose offsets all have the first or the last bias are only
-    summed.
+    The bias gradient needs the sums of dS along diagonals; tiles whose offsets all have the first or the last bias are
+    only summed. There are two ways.
+
+    BANDS > 0, for few offsets in half precision: a tile is an 8 x 8 array of 8 x 8 blocks, and blocks of equal block
+    offset can be added whole. With dS laid out as (block, place in the block) that is a product with a matrix of ones
+    and zeros, for tensor cores, which adds over the whole walk. A second such product at the end adds the diagonals of
+    the blocks: entry (band, u) of the result is for offset 8 band + u less a constant.
+
+    BANDS = 0: row m of a tile is rotated by m, which makes diagonals columns: column c then holds offset c of the rows
+    above the wrap and offset c - BLOCK_N below it. The latter belongs to the columns of the tile to the left, so
+    neighbouring tiles add up to one vector over offsets, of which BLOCK_N entries are finished, and written, with every
+    tile. This takes twice the instructions of all the rest.
     """
     num_tiles = tl.cdiv(L, BLOCK_M)
     i_tile = tl.program_id(0) % num_tiles
@@ -380,10 +390,15 @@ def local_attention_bwd_dq_kernel(
         b_query_key, b_key_key = _dropout_keys(p_seed, i_sequence)
         b_query_words = _mix(o_query.to(tl.uint32) ^ b_query_key)[:, None]
     if BIAS_GRADIENT:
-        tl.static_assert(BLOCK_M == BLOCK_N)
         i_program = i_sequence.to(tl.int64) * num_tiles + i_tile
-        p_near += i_program * (near_last - near_first + 2) * BLOCK_N
-        b_open = tl.zeros([BLOCK_N], tl.float32)
+        p_near += i_program * num_near
+        if BANDS > 0:
+            b_bands = tl.zeros([BANDS, 64], tl.float32)
+            o_block = tl.arange(0, BLOCK_M * BLOCK_N // 64)
+            o_band = o_block % (BLOCK_N // 8) - o_block // (BLOCK_N // 8) + (BLOCK_M // 8 - 1)
+        else:
+            tl.static_assert(BLOCK_M == BLOCK_N)
+            b_open = tl.zeros([BLOCK_N], tl.float32)
         b_before = tl.zeros([BLOCK_M], tl.float32)
         b_after = tl.zeros([BLOCK_M], tl.float32)
 
@@ -399,12 +414,13 @@ def local_attention_bwd_dq_kernel(
         i_number = _tile_number(i_rel, rel_first, gap0_at, gap0, gap1_at, gap1)
         b_bias = tl.load(p_tiles + i_number * (BLOCK_M * BLOCK_N) + o_tile)
         b_s = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision="ieee")
+        # Masked after the exponential, so that scale and shift stay one instruction.
+        b_p = tl.exp2(b_s * _LOG2E - b_lse[:, None])
         if HAS_SEGMENTS:
             b_key_ids = _load_ids(p_ids, o_key, L, 0)
-            b_s = tl.where(b_query_ids[:, None] == b_key_ids[None, :], b_s, _MASKED)
+            b_p = tl.where(b_query_ids[:, None] == b_key_ids[None, :], b_p, 0.0)
         elif IS_RAGGED:
-            b_s = tl.where((o_key < L)[None, :], b_s, _MASKED)
-        b_p = tl.exp2(b_s * _LOG2E - b_lse[:, None])
+            b_p = tl.where((o_key < L)[None, :], b_p, 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         if DROPOUT:
             b_key_words = _mix(o_key.to(tl.uint32) ^ b_key_key)[None, :]
@@ -413,14 +429,21 @@ def local_attention_bwd_dq_kernel(
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
         if BIAS_GRADIENT:
             if (i_rel >= near_first) & (i_rel <= near_last):
-                # i_n // L is 0: without a part that changes from tile to tile, the compiler keeps all these indices in
-                # registers through the loop, and spills.
-                o_diagonal = o_m[:, None] + o_n[None, :] + i_n // L
-                is_wrapped = o_diagonal >= BLOCK_N
-                b_diagonals = tl.gather(b_ds, o_diagonal % BLOCK_N, axis=1)
-                b_open += tl.sum(tl.where(is_wrapped, b_diagonals, 0.0), axis=0)
-                tl.store(p_near + (i_rel - near_first) * BLOCK_N + o_n, b_open)
-                b_open = tl.sum(tl.where(is_wrapped, 0.0, b_diagonals), axis=0)
+                if BANDS > 0:
+                    b_blocks = tl.reshape(b_ds.to(b_k.dtype), (BLOCK_M // 8, 8, BLOCK_N // 8, 8))
+                    b_blocks = tl.reshape(tl.permute(b_blocks, (0, 2, 1, 3)), (BLOCK_M * BLOCK_N // 64, 64))
+                    o_target = o_band + (i_rel - near_first) * (BLOCK_N // 8)
+                    b_ones = (tl.arange(0, BANDS)[:, None] == o_target[None, :]).to(b_k.dtype)
+                    b_bands = tl.dot(b_ones, b_blocks, b_bands)
+                else:
+                    # i_n // L is 0: without a part that changes from tile to tile, the compiler keeps all these indices in
+                    # registers through the loop, and spills.
+                    o_diagonal = o_m[:, None] + o_n[None, :] + i_n // L
+                    is_wrapped = o_diagonal >= BLOCK_N
+                    b_diagonals = tl.gather(b_ds, o_diagonal % BLOCK_N, axis=1)
+                    b_open += tl.sum(tl.where(is_wrapped, b_diagonals, 0.0), axis=0)
+                    tl.store(p_near + (i_rel - near_first) * BLOCK_N + o_n, b_open)
+                    b_open = tl.sum(tl.where(is_wrapped, 0.0, b_diagonals), axis=0)
             else:
                 b_rows = tl.sum(b_ds, axis=1)
                 b_before += tl.where(i_rel < near_first, b_rows, 0.0)
@@ -428,9 +451,20 @@ def local_attention_bwd_dq_kernel(
 
     tl.store(p_dq + i_out + o_out, b_dq.to(p_dq.dtype.element_ty), mask=(o_query < L)[:, None])
     if BIAS_GRADIENT:
-        if i_start < i_end:
-            i_last = tl.minimum((i_end - 1) // BLOCK_N - i_tile, near_last)
-            tl.store(p_near + (i_last - near_first + 1) * BLOCK_N + o_n, b_open)
+        if BANDS > 0:
+            # Two terms of half precision hold 16 bits of a sum and more.
+            o_place = tl.arange(0, 64)
+            o_u = tl.arange(0, 16)
+            b_ones = ((o_place % 8 - o_place // 8 + 7)[:, None] == o_u[None, :]).to(b_q.dtype)
+            b_high = b_bands.to(b_q.dtype)
+            b_low = (b_bands - b_high.to(tl.float32)).to(b_q.dtype)
+            b_offsets = tl.dot(b_low, b_ones, tl.dot(b_high, b_ones))
+            o_offset = tl.arange(0, BANDS)[:, None] * 16 + o_u[None, :]
+            tl.store(p_near + o_offset, b_offsets, mask=o_offset < num_near)
+        else:
+            if i_start < i_end:
+                i_last = tl.minimum((i_end - 1) // BLOCK_N - i_tile, near_last)
+                tl.store(p_near + (i_last - near_first + 1) * BLOCK_N + o_n, b_open)
         tl.store(p_far + i_program * 2, tl.sum(b_before))
         tl.store(p_far + i_program * 2 + 1, tl.sum(b_after))
 
@@ -530,10 +564,10 @@ def local_attention_bwd_dkdv_kernel(
         i_number = _tile_number((i_m - i_n) // BLOCK_M, rel_first, gap0_at, gap0, gap1_at, gap1)
         b_bias = tl.load(p_tiles + i_number * (BLOCK_M * BLOCK_N) + o_tile)
         b_s = tl.dot(b_k, tl.trans(b_q), b_bias, input_precision="ieee")
+        b_p = tl.exp2(b_s * _LOG2E - b_lse[None, :])
         if HAS_SEGMENTS:
             b_query_ids = _load_ids(p_ids, o_query, L, 0)
-            b_s = tl.where(b_key_ids[:, None] == b_query_ids[None, :], b_s, _MASKED)
-        b_p = tl.exp2(b_s * _LOG2E - b_lse[None, :])
+            b_p = tl.where(b_key_ids[:, None] == b_query_ids[None, :], b_p, 0.0)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
         b_weights = b_p
         if DROPOUT:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -28,6 +29,8 @@ HEAD_SIZES = (16, 32, 64, 128)
 
 _NARROW_TOKENS = 255
 _WALK_TOKENS = 512
+# Rows of the accumulator for the bias gradient by bands; offsets up to 190 or so need no more.
+_LARGEST_BANDS = 64
 
 
 def local_attention_triton(
@@ -70,7 +73,7 @@ def _forward(
     q, k, v = (_with_adjacent_columns(x) for x in (q, k, v))
     batch, length, num_heads, _ = q.shape
     o, lse = _empty_outputs(q)
-    config = _config("fwd", q, left, right)
+    config = _config("fwd", q, left, right, dropout_p)
     walk = _Walk.over_keys(config, length, left, right, offset_bias)
     first, end = _document_bounds(walk, segment_ids, length)
     local_attention_fwd_kernel[triton.cdiv(length, walk.rows) * batch * num_heads,](
@@ -134,14 +137,21 @@ def _backward(
     delta = torch.empty_like(lse)
     strides = _strides(q=q, k=k, v=v, do=do)
 
-    config = _config("dq", q, left, right)
+    config = _config("dq", q, left, right, dropout_p)
     walk = _Walk.over_keys(config, length, left, right, offset_bias)
+    has_bands = q.dtype != torch.float32 and walk.num_bands <= _LARGEST_BANDS
+    if needs_bias_gradient and not has_bands:
+        # Rotation needs square tiles.
+        config = config | {"BLOCK_N": config["BLOCK_M"]}
+        walk = _Walk.over_keys(config, length, left, right, offset_bias)
     first, end = _document_bounds(walk, segment_ids, length)
     num_programs = triton.cdiv(length, walk.rows) * batch * num_heads
     near = far = None
+    num_near = 16 * walk.num_bands if has_bands else walk.num_near_offsets
     if needs_bias_gradient:
-        # Zeros: a program writes the tiles that it visits.
-        near = torch.zeros(num_programs, walk.num_near_offsets, dtype=torch.float32, device=q.device)
+        # Zeros: without bands a program writes the tiles that it visits.
+        make = torch.empty if has_bands else torch.zeros
+        near = make(num_programs, num_near, dtype=torch.float32, device=q.device)
         far = torch.empty(num_programs, 2, dtype=torch.float32, device=q.device)
     local_attention_bwd_dq_kernel[num_programs,](
         p_q=q,
@@ -161,15 +171,17 @@ def _backward(
         p_far=far,
         near_first=walk.near_first,
         near_last=walk.near_last,
+        num_near=num_near,
         BIAS_GRADIENT=needs_bias_gradient,
+        BANDS=_LARGEST_BANDS if has_bands else 0,
         **strides,
         **_scalars(walk, q, offset_bias, segment_ids, dropout_p),
         **config,
     )
     if near is not None and far is not None:
-        dbias.copy_(_bias_gradient(walk, near, far, batch, num_heads))
+        dbias.copy_(_bias_gradient(walk, near, far, batch, num_heads, has_bands=has_bands))
 
-    config = _config("dkdv", q, left, right)
+    config = _config("dkdv", q, left, right, dropout_p)
     walk = _Walk.over_queries(config, length, left, right, offset_bias)
     first, end = _document_bounds(walk, segment_ids, length)
     local_attention_bwd_dkdv_kernel[triton.cdiv(length, walk.rows) * batch * num_heads,](
@@ -315,6 +327,11 @@ class _Walk:
         """Offsets of the near steps, from (near_first - 1) columns on."""
         return (self.near_last - self.near_first + 2) * self.columns
 
+    @property
+    def num_bands(self) -> int:
+        """Offsets of the near steps in bands of 8, from near_first columns - rows + 1 on, each 15 wide."""
+        return ((self.near_last - self.near_first + 1) * self.columns + self.rows) // 8 - 1
+
     def scalars(self) -> dict[str, int]:
         (gap0_at, gap0), (gap1_at, gap1) = self.gaps
         return {
@@ -367,12 +384,17 @@ def _document_bounds(walk: _Walk, segment_ids: Tensor | None, length: int) -> tu
     return first, end
 
 
-def _bias_gradient(walk: _Walk, near: Tensor, far: Tensor, batch: int, num_heads: int) -> Tensor:
+def _bias_gradient(walk: _Walk, near: Tensor, far: Tensor, batch: int, num_heads: int, *, has_bands: bool) -> Tensor:
     """Add up what the programs found for each offset, (H, 2D + 1); torch.sum adds in a fixed order."""
     near_HO, far_HO = (x.view(batch, num_heads, -1, x.shape[1]).sum(dim=(0, 2)) for x in (near, far))
     first_offset = (walk.near_first - 1) * walk.columns
+    if has_bands:
+        # The second half of a band lies where the first half of the next one does.
+        halves = near_HO.view(num_heads, -1, 2, 8).unbind(dim=2)
+        near_HO = F.pad(halves[0].flatten(1), (0, 8)) + F.pad(halves[1].flatten(1), (8, 0))
+        first_offset = walk.near_first * walk.columns - walk.rows + 1
     num_below = -walk.max_offset - first_offset
-    num_above = first_offset + walk.num_near_offsets - 1 - walk.max_offset
+    num_above = first_offset + near_HO.shape[1] - 1 - walk.max_offset
     if walk.max_offset == 0:
         return near_HO.sum(dim=1, keepdim=True) + far_HO.sum(dim=1, keepdim=True)
     # Offsets -D and below, with those of the far steps, share the first entry; D and above the last. Where the window
@@ -391,13 +413,15 @@ def _bias_gradient(walk: _Walk, near: Tensor, far: Tensor, batch: int, num_heads
     return torch.cat([below, between, above], dim=1)
 
 
-def _config(kernel: str, q: Tensor, left: int | None, right: int | None) -> LaunchConfig:
+def _config(kernel: str, q: Tensor, left: int | None, right: int | None, dropout_p: float) -> LaunchConfig:
     if left is not None and right is not None:
         window = "narrow" if max(left, right) <= _NARROW_TOKENS else "wide"
     else:
         window = "causal" if right == 0 else "full"
-    wide_dtype = "/fp32" if q.dtype == torch.float32 else ""
-    return launch_config("local_attention", f"{kernel}/d{q.shape[3]}/{window}{wide_dtype}", q.device)
+    dtype = "/fp32" if q.dtype == torch.float32 else ""
+    # The forward pass has registers to spare.
+    dropout = "/dropout" if dropout_p > 0.0 and kernel != "fwd" else ""
+    return launch_config("local_attention", f"{kernel}/d{q.shape[3]}/{window}{dtype}{dropout}", q.device)
 
 
 def _scalars(

@@ -219,6 +219,7 @@ def test_packed_row_equals_separate_documents(left: int | None, right: int | Non
     assert all((x[0, is_padding] == 0).all() for x in packed[:4])
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")  # of a score that is then masked
 def test_padding_is_zero_whatever_it_holds() -> None:
     """A row of padding only, pads in front, inside and behind: outputs and gradients are 0, the rest does not see them."""
     segment_ids = packed_rows(3, 80)
