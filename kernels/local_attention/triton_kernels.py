@@ -391,13 +391,13 @@ def local_attention_bwd_dq_kernel(
         b_query_words = _mix(o_query.to(tl.uint32) ^ b_query_key)[:, None]
     if BIAS_GRADIENT:
         i_program = i_sequence.to(tl.int64) * num_tiles + i_tile
-        p_near += i_program * num_near
         if BANDS > 0:
             b_bands = tl.zeros([BANDS, 64], tl.float32)
             o_block = tl.arange(0, BLOCK_M * BLOCK_N // 64)
             o_band = o_block % (BLOCK_N // 8) - o_block // (BLOCK_N // 8) + (BLOCK_M // 8 - 1)
         else:
             tl.static_assert(BLOCK_M == BLOCK_N)
+            p_near += i_program * num_near
             b_open = tl.zeros([BLOCK_N], tl.float32)
         b_before = tl.zeros([BLOCK_M], tl.float32)
         b_after = tl.zeros([BLOCK_M], tl.float32)
@@ -460,7 +460,7 @@ def local_attention_bwd_dq_kernel(
             b_low = (b_bands - b_high.to(tl.float32)).to(b_q.dtype)
             b_offsets = tl.dot(b_low, b_ones, tl.dot(b_high, b_ones))
             o_offset = tl.arange(0, BANDS)[:, None] * 16 + o_u[None, :]
-            tl.store(p_near + o_offset, b_offsets, mask=o_offset < num_near)
+            tl.store(p_near + i_program * num_near + o_offset, b_offsets, mask=o_offset < num_near)
         else:
             if i_start < i_end:
                 i_last = tl.minimum((i_end - 1) // BLOCK_N - i_tile, near_last)
