@@ -11,7 +11,7 @@ from spade_t5.benchmarks.kernels.results import CaseResult, Measurement, Results
 def markdown(results: Results, goals: list[dict[str, Any]]) -> str:
     """The whole file."""
     found = report.circumstances()
-    machine = found.get("gpu") or f"{found['processor']}, {found['threads']} threads"
+    machine = found.get("gpu") or f"{found['processor']}, {found['threads']} thread{'s' * (found['threads'] > 1)}"
     plan, ceilings = results.plan, results.ceilings
     lines = [
         "# Kernels",
