@@ -31,7 +31,8 @@ def _call(
     offset_bias = torch.zeros(num_heads, 2 * max_offset + 1, requires_grad=True) if has_bias else None
     segment_ids = torch.ones(1, length, dtype=torch.int64) if is_packed else None
     left, right = _WINDOWS[window]
-    o = local_attention_triton(*qkv.unbind(2), offset_bias, left, right, segment_ids, dropout_p)
+    q, k, v = qkv.unbind(2)
+    o = local_attention_triton(q, k, v, offset_bias, left, right, segment_ids, dropout_p)
     o.backward(torch.zeros_like(o))
 
 
