@@ -52,7 +52,7 @@ class TransposingRMSNorm(RMSNorm):
 class LayerNorm(nn.LayerNorm):
     """Mean and variance, weight and bias, with the calls of `RMSNorm`."""
 
-    @overload  # type: ignore[override]
+    @overload
     def forward(self, input: Tensor) -> Tensor: ...
 
     @overload

@@ -29,14 +29,11 @@ def assert_near(name: str, actual: Tensor, exact: Tensor, bound: float | None = 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Fill every `torch.empty` with NaN, so that an output that no program writes is seen."""
-    was_deterministic, was_filled = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    # deterministic algorithms fill what they allocate, unless torch.utils.deterministic.fill_uninitialized_memory is off
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
+        assert torch.empty(1).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = was_filled

@@ -29,7 +29,8 @@ def run(mixer: str, segment_ids: Tensor | None, dtype: torch.dtype, device: torc
         ssm_training="full",
         dropout_rate=0.1,
     )
-    model = SpadeT5ForConditionalGeneration(config).to(device).train()
+    model = SpadeT5ForConditionalGeneration(config).train()
+    model.to(device=device)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(2, 203, (2, 97), generator=generator)
     batch = {"input_ids": input_ids, "labels": input_ids[:, :61].clone()}
