@@ -22,6 +22,10 @@ WGMMA_KERNELS = (
     "local_attention_fwd_kernel",
     "local_attention_bwd_dkdv_kernel",
     "local_attention_bwd_dq_kernel",
+    "ssm_chunk_states_kernel",
+    "ssm_chunk_outputs_kernel",
+    "ssm_chunk_dlocal_kernel",
+    "ssm_chunk_dstates_kernel",
 )
 
 
