@@ -50,14 +50,14 @@ def parts(out: Path, tests: Path) -> list[Part]:
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     found = []
     for name, chosen, limit_seconds in (
-        ("kernel-tests", [path for path in marked if "kernels" in path.parts], 140.0),
-        ("other-tests", [path for path in marked if "kernels" not in path.parts], 60.0),
+        ("kernel-tests", [path for path in marked if "kernels" in path.parts], 120.0),
+        ("other-tests", [path for path in marked if "kernels" not in path.parts], 130.0),
     ):
         if chosen:
             command = [*pytest, f"--junit-xml={out / name}.xml", *map(str, chosen)]
             found.append(Part(name=name, command=command, limit_seconds=limit_seconds))
     bench = [sys.executable, "-m", "spade_t5.benchmarks.kernels.command", "--out", str(out)]
-    limit_seconds = 330.0
+    limit_seconds = 280.0
     bench.append(f"--time-limit={limit_seconds - _GRACE_SECONDS}")
     # The tests have proven the ops; the benchmark checks them once more, and so can stand between the two groups.
     found.insert(1, Part(name="kernels", command=bench, limit_seconds=limit_seconds))

@@ -1,4 +1,4 @@
-"""Run every Triton kernel once, forward and backward, on small packed and unpacked shapes: for compute-sanitizer.
+"""Run every Triton kernel, forward and backward, on a small packed and a small unpacked batch: for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m spade_t5.testing.run_kernels
 
@@ -49,12 +49,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops.configure_backend("triton", device)
     segment_ids = torch.tensor([[1] * 40 + [0] * 2 + [1] * 5 + [2] + [3] * 44 + [0] * 5, [1] * 97])
-    for mixer in ("s4", "s4d"):
-        for documents in (None, segment_ids):
-            for dtype in (torch.float32, torch.bfloat16):
-                print(
-                    mixer, "packed" if documents is not None else "whole", dtype, run(mixer, documents, dtype, device)
-                )
+    for mixer, documents, dtype in (("s4", segment_ids, torch.bfloat16), ("s4d", None, torch.float32)):
+        print(mixer, "packed" if documents is not None else "whole", dtype, run(mixer, documents, dtype, device))
 
 
 if __name__ == "__main__":

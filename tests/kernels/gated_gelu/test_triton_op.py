@@ -48,3 +48,19 @@ def test_refuses_float64() -> None:
     a = torch.ones(2, 2, dtype=F64)
     with pytest.raises(ValueError, match=r"a is float64: the Triton kernels take float32, .* choose backend 'torch'"):
         gated_gelu(a, a, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_real_sizes_on_a_gpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (3 * torch.randn(8192, 2 * 2048, generator=generator).cuda().to(torch.bfloat16)).chunk(2, dim=-1)
+    dh = torch.randn(8192, 2048, generator=generator).cuda().to(torch.bfloat16)
+    found = []
+    for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "naive")):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (a, b)]
+        h = gated_gelu(*leaves, backend=backend)
+        h.backward(dh.to(dtype))
+        found.append([h.detach(), *(leaf.grad for leaf in leaves)])
+    for name, actual, exact in zip(("h", "da", "db"), *found, strict=True):
+        assert_near(name, actual, exact)
