@@ -7,9 +7,12 @@ keyed on shapes would never end. `spade-t5 bench kernels --tune` measures the ca
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.library import CustomOpDef, custom_op
 from triton import knobs
 
 LaunchConfig = dict[str, int]
@@ -17,6 +20,24 @@ LaunchConfig = dict[str, int]
 
 INTERPRETER = "interpreter"
 """Architecture whose configurations serve Triton's interpreter: small blocks, as short tests must cross their edges."""
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Decorator that makes a host function the operator `spade_t5::name`: one node for torch.compile and autograd.
+
+    The function changes no argument, returns new tensors, and runs on the GPU that its tensors are on, whichever is
+    current: Triton launches on the current one.
+    """
+
+    def register(function: Callable[..., Any]) -> CustomOpDef:
+        @functools.wraps(function)
+        def on_its_device(*arguments: Any) -> Any:
+            with torch.cuda.device_of(next(x for x in arguments if isinstance(x, torch.Tensor))):
+                return function(*arguments)
+
+        return custom_op(f"spade_t5::{name}", on_its_device, mutates_args=())
+
+    return register
 
 
 def launch_config(op: str, variant: str, device: torch.device) -> LaunchConfig:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from spade_t5.kernels.gated_gelu.triton_kernels import gated_gelu_bwd_kernel, gated_gelu_fwd_kernel
-from spade_t5.kernels.launch import launch_config
+from spade_t5.kernels.launch import launch_config, operator
 
 
 def gated_gelu_triton(a: Tensor, b: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def gated_gelu_triton(a: Tensor, b: Tensor) -> Tensor:
     return _forward(a, b)
 
 
-@torch.library.custom_op("spade_t5::gated_gelu", mutates_args=())
+@operator("gated_gelu")
 def _forward(a: Tensor, b: Tensor) -> Tensor:
     a_XF, b_XF = _rows(a), _rows(b)
     h = torch.empty_like(a, memory_format=torch.contiguous_format)
@@ -35,7 +35,7 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("spade_t5::gated_gelu_backward", mutates_args=())
+@operator("gated_gelu_backward")
 def _backward(a: Tensor, b: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     a_XF, b_XF, dh_XF = _rows(a), _rows(b), _rows(dh)
     da, db = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b))

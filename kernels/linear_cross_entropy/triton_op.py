@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spade_t5.kernels.launch import launch_config
+from spade_t5.kernels.launch import launch_config, operator
 from spade_t5.kernels.linear_cross_entropy.chunks import chunked_loss, product_dtype
 from spade_t5.kernels.linear_cross_entropy.terms import LossTerms
 from spade_t5.kernels.linear_cross_entropy.triton_kernels import cross_entropy_kernel
@@ -34,7 +34,7 @@ def linear_cross_entropy_triton(x: Tensor, weight: Tensor, labels: Tensor, terms
     return loss
 
 
-@torch.library.custom_op("spade_t5::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def _forward(
     x: Tensor,
     weight: Tensor,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from spade_t5.kernels.launch import LaunchConfig, launch_config, must_upcast
+from spade_t5.kernels.launch import LaunchConfig, launch_config, must_upcast, operator
 from spade_t5.kernels.local_attention.triton_kernels import (
     bias_tiles_kernel,
     document_bounds_kernel,
@@ -58,7 +58,7 @@ def local_attention_triton(
     return _forward(q_BLHK, k_BLHK, v_BLHK, offset_bias, left, right, segment_ids, dropout_p, seed)[0]
 
 
-@torch.library.custom_op("spade_t5::local_attention", mutates_args=())
+@operator("local_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -115,7 +115,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-@torch.library.custom_op("spade_t5::local_attention_backward", mutates_args=())
+@operator("local_attention_backward")
 def _backward(
     do: Tensor,
     q: Tensor,

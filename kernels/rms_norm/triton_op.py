@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spade_t5.kernels.launch import LaunchConfig, launch_config
+from spade_t5.kernels.launch import LaunchConfig, launch_config, operator
 from spade_t5.kernels.rms_norm.triton_kernels import rms_norm_bwd_kernel, rms_norm_fwd_kernel
 
 _SMALLEST_CLASS, _LARGEST_CLASS = 128, 8192
@@ -67,7 +67,7 @@ def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=x.device)
 
 
-@torch.library.custom_op("spade_t5::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _forward(
     x: Tensor, weight: Tensor, eps: float, is_transposed: bool, with_transpose: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +81,7 @@ def _(x: Tensor, weight: Tensor, eps: float, is_transposed: bool, with_transpose
     return _empty_results(x, is_transposed, with_transpose)
 
 
-@torch.library.custom_op("spade_t5::add_rms_norm", mutates_args=())
+@operator("add_rms_norm")
 def _add_forward(
     x: Tensor,
     residual: Tensor,
@@ -166,7 +166,7 @@ def _launch_forward(
     )
 
 
-@torch.library.custom_op("spade_t5::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def _backward(
     dy: Tensor | None,
     dy_BDL: Tensor | None,
@@ -195,7 +195,7 @@ def _(
     return dx, weight.new_empty(weight.shape if needs_dweight else (0,))
 
 
-@torch.library.custom_op("spade_t5::add_rms_norm_backward", mutates_args=())
+@operator("add_rms_norm_backward")
 def _add_backward(
     dr: Tensor | None,
     dy: Tensor | None,

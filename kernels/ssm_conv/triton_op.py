@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spade_t5.kernels.launch import LaunchConfig, launch_config, must_upcast
+from spade_t5.kernels.launch import LaunchConfig, launch_config, must_upcast, operator
 from spade_t5.kernels.ssm_conv.chunk_documents import ChunkDocuments, chunk_documents
 from spade_t5.kernels.ssm_conv.system import ChunkedSystem
 from spade_t5.kernels.ssm_conv.triton_kernels import (
@@ -35,7 +35,7 @@ def ssm_conv_chunked_triton(u_BLD: Tensor, system: ChunkedSystem, segment_ids: T
     return _forward(u_BLD.transpose(1, 2), *system, *documents).transpose(1, 2)
 
 
-@torch.library.custom_op("spade_t5::ssm_conv_chunked", mutates_args=())
+@operator("ssm_conv_chunked")
 def _forward(
     u_BDL: Tensor,
     local: Tensor,
@@ -65,7 +65,7 @@ def _(
     return torch.empty_like(u_BDL, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("spade_t5::ssm_conv_chunked_backward_input", mutates_args=())
+@operator("ssm_conv_chunked_backward_input")
 def _backward_input(
     dy_BDL: Tensor,
     local: Tensor,
@@ -95,7 +95,7 @@ def _(
     return torch.empty_like(dy_BDL, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("spade_t5::ssm_conv_chunked_backward", mutates_args=())
+@operator("ssm_conv_chunked_backward")
 def _backward(
     dy_BDL: Tensor,
     u_BDL: Tensor,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spade_t5 import SpadeT5Config, SpadeT5ForConditionalGeneration
+from spade_t5.ops import gated_gelu
 from spade_t5.training import Seq2SeqObjective
 
 pytestmark = [
@@ -104,3 +105,10 @@ def test_kernels_are_clean(tool: str) -> None:
         timeout=300,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_where_their_tensors_are() -> None:
+    a, b = torch.randn(2, 64, 128, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(gated_gelu(a, b, backend="triton"), gated_gelu(a, b, backend="naive"))
