@@ -166,6 +166,18 @@ class SpadeT5EncoderDecoder(SpadeT5PreTrainedModel):
             return encoder_outputs
         return BaseModelOutput(*encoder_outputs)
 
+    def _lay_out(
+        self,
+        target_view: tuple[Tensor | None, SourceView],
+        target: Tensor,
+        past_key_values: EncoderDecoderCache | None,
+    ) -> tuple[Tensor | None, SourceView]:
+        """The view with its documents found; token by token, from a cache, that is not worth its while."""
+        segments_BT, source_view = target_view
+        if past_key_values is not None:
+            return target_view
+        return segments_BT, self.decoder.lay_out(source_view, target.shape[1])
+
     def _decode(
         self,
         encoded: BaseModelOutput,
@@ -249,15 +261,18 @@ class SpadeT5Model(SpadeT5EncoderDecoder):
         """
         wanted = self._wants(output_attentions, output_hidden_states)
         target_view = resolve_target_view(attention_mask, segment_ids, decoder_attention_mask, decoder_segment_ids)
+        target = decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds
+        if target is not None:
+            past_key_values = self._cache(past_key_values, use_cache, decoder_segment_ids is not None)
+            target_view = self._lay_out(target_view, target, past_key_values)
         encoded = self._encode(input_ids, attention_mask, inputs_embeds, segment_ids, encoder_outputs, wanted)
         encoder_fields: dict[str, Any] = {
             "encoder_last_hidden_state": encoded.last_hidden_state,
             "encoder_hidden_states": encoded.hidden_states,
             "encoder_attentions": encoded.attentions,
         }
-        if decoder_input_ids is None and decoder_inputs_embeds is None:
+        if target is None:
             return Seq2SeqModelOutput(**encoder_fields)
-        past_key_values = self._cache(past_key_values, use_cache, decoder_segment_ids is not None)
         decoded = self._decode(encoded, decoder_input_ids, decoder_inputs_embeds, *target_view, past_key_values, wanted)
         return Seq2SeqModelOutput(
             last_hidden_state=decoded.last_hidden_state,
@@ -279,6 +294,13 @@ class SpadeT5ForConditionalGeneration(SpadeT5EncoderDecoder, GenerationMixin):
         super().__init__(config)
         self.lm_head = LanguageModelHead(config.d_model, config.vocab_size, std=config.initial_head_std)
         self.post_init()
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args: Any, **kwargs: Any) -> nn.Linear:
+        """`resize_token_embeddings` makes a plain linear map of the head; the head that also computes losses takes it in."""
+        resized = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        if resized is not old_lm_head:
+            old_lm_head.weight, old_lm_head.out_features = resized.weight, resized.out_features
+        return old_lm_head
 
     @can_return_tuple
     def forward(
@@ -332,6 +354,9 @@ class SpadeT5ForConditionalGeneration(SpadeT5EncoderDecoder, GenerationMixin):
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels, decoder_segment_ids)
         past_key_values = self._cache(past_key_values, use_cache, decoder_segment_ids is not None)
+        target = decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds
+        if target is not None:  # without one, the decoder's own complaint comes
+            target_view = self._lay_out(target_view, target, past_key_values)
         encoded = self._encode(input_ids, attention_mask, inputs_embeds, segment_ids, encoder_outputs, wanted)
         decoded = self._decode(encoded, decoder_input_ids, decoder_inputs_embeds, *target_view, past_key_values, wanted)
         states_BTD = decoded.last_hidden_state * self.config.logit_scale

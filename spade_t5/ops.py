@@ -22,7 +22,13 @@ from spade_t5.kernels import local_attention as _local_attention
 from spade_t5.kernels import rms_norm as _rms_norm
 from spade_t5.kernels import ssm_conv as _ssm_conv
 from spade_t5.kernels.backend import choose_backend
-from spade_t5.kernels.cross_attention import DocumentPairs, cross_attention_probabilities, pair_documents, visible_keys
+from spade_t5.kernels.cross_attention import (
+    DocumentPairs,
+    can_pair_documents,
+    cross_attention_probabilities,
+    pair_documents,
+    visible_keys,
+)
 from spade_t5.kernels.local_attention import local_attention_probabilities
 from spade_t5.kernels.segments import check_segment_order
 from spade_t5.kernels.ssm_conv import ChunkedSystem, chunked_system, kernel_spectrum
@@ -34,6 +40,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_with_transpose",
     "backend_in_use",
+    "can_pair_documents",
     "check_segment_order",
     "chunked_system",
     "configure_backend",

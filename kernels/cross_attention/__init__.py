@@ -6,10 +6,11 @@ from spade_t5.kernels.cross_attention.naive import (
     visible_keys,
 )
 from spade_t5.kernels.cross_attention.op import cross_attention
-from spade_t5.kernels.cross_attention.per_document import DocumentPairs, pair_documents
+from spade_t5.kernels.cross_attention.per_document import DocumentPairs, can_pair_documents, pair_documents
 
 __all__ = [
     "DocumentPairs",
+    "can_pair_documents",
     "cross_attention",
     "cross_attention_naive",
     "cross_attention_probabilities",

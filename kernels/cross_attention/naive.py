@@ -20,7 +20,8 @@ def visible_keys(query_documents_BT: Tensor | None, key_documents_BL: Tensor | N
 def cross_attention_probabilities(q_BTHK: Tensor, k_BLHK: Tensor, is_visible: Tensor | None) -> Tensor:
     """softmax(Q K') (B, H, T, L) in float32 at least, before dropout; 0 wherever a key is not seen, whole rows included."""
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-    scores_BHTL = torch.einsum("bthk,blhk->bhtl", q_BTHK.to(dtype), k_BLHK.to(dtype))
+    with torch.autocast(q_BTHK.device.type, enabled=False):
+        scores_BHTL = torch.einsum("bthk,blhk->bhtl", q_BTHK.to(dtype), k_BLHK.to(dtype))
     if is_visible is None:
         return scores_BHTL.softmax(dim=-1)
     is_hidden = ~is_visible[:, None]

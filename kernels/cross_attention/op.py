@@ -6,7 +6,7 @@ from spade_t5.kernels.backend import choose_backend
 from spade_t5.kernels.cross_attention.naive import cross_attention_naive, visible_keys
 from spade_t5.kernels.cross_attention.per_document import (
     DocumentPairs,
-    can_go_per_document,
+    can_pair_documents,
     cross_attention_per_document,
 )
 from spade_t5.kernels.cross_attention.torch_sdpa import cross_attention_sdpa
@@ -70,6 +70,8 @@ def cross_attention(
 
     if choose_backend(backend, q.device) == "naive":
         return cross_attention_naive(q, k, v, visible_keys(query_documents, key_documents), dropout_p)
-    if pairs is not None and can_go_per_document(q, pairs, dropout_p):
+    # Where no query sees a key, nothing would tie the output to keys and values, whose projections need a gradient, of
+    # zeros, on every rank alike (ZeRO 3 waits for it).
+    if pairs is not None and not pairs.is_empty and can_pair_documents(q.dtype, q.shape[3], dropout_p, q.device):
         return cross_attention_per_document(q, k, v, pairs, dropout_p)
     return cross_attention_sdpa(q, k, v, visible_keys(query_documents, key_documents), dropout_p)

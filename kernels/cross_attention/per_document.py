@@ -6,6 +6,7 @@ document: on a GPU by torch's `varlen_attn` (FlashAttention), on a CPU by one `s
 Shapes: B batch, T queries, L keys, H heads, K d_kv, P queries of all documents, S keys of all documents, N documents.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +33,20 @@ class DocumentPairs:
     is_empty: bool
     """No target document has a source."""
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "DocumentPairs":
+        """The same on another device, which model parallelism asks for."""
+        tensors = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("queries_P", "keys_S", "query_ends_N1", "key_ends_N1")
+        }
+        return dataclasses.replace(self, **tensors)
+
 
 def pair_documents(query_documents_BT: Tensor | None, key_documents_BL: Tensor, num_queries: int) -> DocumentPairs:
     """Find the documents of targets and sources.
 
-    The sizes of the result depend on the ids, so on a GPU the host waits for them: make it once for all layers.
+    The sizes of the result depend on the ids, so on a GPU the host waits for them: make it once for all layers, and
+    before other work is queued.
 
         query_documents   1 1 2 0        query_ends  0 2 3        (document 2 has one query and two keys,
         key_documents     1 2 2 0        key_ends    0 1 3         padding is in no document)
@@ -47,10 +57,12 @@ def pair_documents(query_documents_BT: Tensor | None, key_documents_BL: Tensor, 
         key_documents_BL: (B, L), likewise.
         num_queries: T.
     """
-    batch = key_documents_BL.shape[0]
+    device, batch = key_documents_BL.device, key_documents_BL.shape[0]
+    key_documents_BL = key_documents_BL.cpu()
     if query_documents_BT is None:
         query_documents_BT = key_documents_BL.new_ones(batch, num_queries)
         key_documents_BL = (key_documents_BL != 0).long()
+    query_documents_BT = query_documents_BT.cpu()
     documents_a_row = int(torch.maximum(query_documents_BT.max(), key_documents_BL.max()))
     positions, ends, counts = [], [], []
     for documents in (query_documents_BT, key_documents_BL):
@@ -64,7 +76,15 @@ def pair_documents(query_documents_BT: Tensor | None, key_documents_BL: Tensor, 
         counts.append(counts_N)
     longest = [int(counts_N.max()) if len(counts_N) else 0 for counts_N in counts]
     is_empty = not bool(((counts[0] > 0) & (counts[1] > 0)).any())
-    return DocumentPairs(positions[0], positions[1], ends[0], ends[1], longest[0], longest[1], is_empty)
+    return DocumentPairs(positions[0], positions[1], ends[0], ends[1], longest[0], longest[1], is_empty).to(device)
+
+
+def can_pair_documents(dtype: torch.dtype, d_kv: int, dropout_p: float, device: torch.device) -> bool:
+    """Whether `cross_attention_per_document` serves such queries: on a GPU FlashAttention must take them."""
+    if device.type != "cuda":
+        return True
+    is_flash_head = dtype in (torch.bfloat16, torch.float16) and d_kv % 8 == 0 and d_kv <= 256
+    return is_flash_head and dropout_p == 0.0 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cross_attention_per_document(
@@ -77,15 +97,6 @@ def cross_attention_per_document(
     o_PHK = attend(q_PHK, k_SHK, v_SHK, pairs, dropout_p)
     o_XHK = q_BTHK.new_zeros(q_BTHK.shape[0] * q_BTHK.shape[1], *q_BTHK.shape[2:], dtype=o_PHK.dtype)
     return o_XHK.index_copy(0, pairs.queries_P, o_PHK).view(*q_BTHK.shape)
-
-
-def can_go_per_document(q: Tensor, pairs: DocumentPairs, dropout_p: float) -> bool:
-    """Whether `cross_attention_per_document` serves.
-
-    FlashAttention takes half precision only and no dropout here. And where no query sees a key, nothing would tie the
-    output to keys and values, whose projections need a gradient, of zeros, on every rank alike (ZeRO 3 waits for it).
-    """
-    return not pairs.is_empty and (not q.is_cuda or (dropout_p == 0.0 and q.dtype in (torch.bfloat16, torch.float16)))
 
 
 def _by_flash_attention(q_PHK: Tensor, k_SHK: Tensor, v_SHK: Tensor, pairs: DocumentPairs, dropout_p: float) -> Tensor:

@@ -86,6 +86,11 @@ def chunked_loss(
     return losses_X.sum(), dx_XD, None if dweight_VD is None else dweight_VD.to(weight_VD.dtype)
 
 
+def scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """Return gradient dloss; a GPU would round the scalar, which may be a loss scale, to the gradient's half precision."""
+    return (gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * dloss).to(gradient.dtype)
+
+
 def _add_outer(sum_VD: Tensor | None, dlogits_CV: Tensor, x_CD: Tensor, dtype: torch.dtype) -> Tensor:
     """Return sum + dlogits' x, in `dtype`."""
     if x_CD.is_cuda:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spade_t5.kernels.linear_cross_entropy.chunks import chunked_loss, product_dtype
+from spade_t5.kernels.linear_cross_entropy.chunks import chunked_loss, product_dtype, scaled
 from spade_t5.kernels.linear_cross_entropy.terms import LossTerms
 from spade_t5.kernels.row_steps import row_steps
 
@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight_VD = (None if gradient is None else gradient * dloss for gradient in ctx.saved_tensors)
+        dx, dweight_VD = (None if gradient is None else scaled(gradient, dloss) for gradient in ctx.saved_tensors)
         return dx, dweight_VD, None, None, None, None, None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spade_t5.kernels.launch import launch_config, operator
-from spade_t5.kernels.linear_cross_entropy.chunks import chunked_loss, product_dtype
+from spade_t5.kernels.linear_cross_entropy.chunks import chunked_loss, product_dtype, scaled
 from spade_t5.kernels.linear_cross_entropy.terms import LossTerms
 from spade_t5.kernels.linear_cross_entropy.triton_kernels import cross_entropy_kernel
 
@@ -86,7 +86,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradients(ctx: Any, dloss: Tensor | None, _dx: Tensor | None, _dweight: Tensor | None) -> tuple[Any, ...]:
     dx, dweight = (
-        gradient * dloss if needed and dloss is not None else None
+        scaled(gradient, dloss) if needed and dloss is not None else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
     )
     return dx, dweight, None, None, None, None, None, None, None

@@ -452,13 +452,14 @@ def local_attention_bwd_dq_kernel(
     tl.store(p_dq + i_out + o_out, b_dq.to(p_dq.dtype.element_ty), mask=(o_query < L)[:, None])
     if BIAS_GRADIENT:
         if BANDS > 0:
-            # Two terms of half precision hold 16 bits of a sum and more.
+            # Two terms of half precision hold 16 bits of a sum and more; an eighth, as float16 may end at eight summands.
             o_place = tl.arange(0, 64)
             o_u = tl.arange(0, 16)
             b_ones = ((o_place % 8 - o_place // 8 + 7)[:, None] == o_u[None, :]).to(b_q.dtype)
+            b_bands *= 0.125
             b_high = b_bands.to(b_q.dtype)
             b_low = (b_bands - b_high.to(tl.float32)).to(b_q.dtype)
-            b_offsets = tl.dot(b_low, b_ones, tl.dot(b_high, b_ones))
+            b_offsets = tl.dot(b_low, b_ones, tl.dot(b_high, b_ones)) * 8.0
             o_offset = tl.arange(0, BANDS)[:, None] * 16 + o_u[None, :]
             tl.store(p_near + i_program * num_near + o_offset, b_offsets, mask=o_offset < num_near)
         else:

@@ -71,6 +71,7 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_with_adjacent_columns(x) for x in (q, k, v))
+    segment_ids = None if segment_ids is None else segment_ids.contiguous()
     batch, length, num_heads, _ = q.shape
     o, lse = _empty_outputs(q)
     config = _config("fwd", q, left, right, dropout_p)
@@ -132,6 +133,7 @@ def _backward(
     needs_bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     do, q, k, v = (_with_adjacent_columns(x) for x in (do, q, k, v))
+    segment_ids = None if segment_ids is None else segment_ids.contiguous()
     batch, length, num_heads, _ = q.shape
     dq, dk, dv, dbias = _empty_gradients(q, offset_bias, needs_bias_gradient)
     delta = torch.empty_like(lse)

@@ -62,6 +62,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.d_kv = d_kv
         self.dropout_rate = dropout_rate
         self.scale = scale
         inner = num_heads * d_kv

@@ -12,6 +12,7 @@ from spade_t5.layers.feed_forward import FEED_FORWARDS
 from spade_t5.layers.norm import make_norm
 from spade_t5.layers.position_bias import PositionEmbedding, RelativeAttentionBias
 from spade_t5.layers.segments import WHOLE_SOURCE, SourceView, segment_positions
+from spade_t5.ops import can_pair_documents
 
 
 class DecoderLayer(nn.Module):
@@ -97,6 +98,24 @@ class DecoderStack(nn.Module):
         self.final_norm = make_norm(*norm_arguments) if config.final_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout_rate)
 
+    def lay_out(self, source_view: SourceView, target_tokens: int) -> SourceView:
+        """The view with its documents found, where cross-attention can go document by document.
+
+        A GPU is waited for, so this is best done before the encoder is queued. A compiled graph keeps the masks: its
+        sizes must not depend on ids.
+        """
+        documents_BL = source_view.source_documents_BL
+        if documents_BL is None or torch.compiler.is_compiling():
+            return source_view
+        layer = self.layers[0]
+        assert isinstance(layer, DecoderLayer)
+        device, attention = documents_BL.device, layer.cross_attention
+        is_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else attention.q.weight.dtype
+        dropout_p = attention.dropout_rate if self.training else 0.0
+        serves = can_pair_documents(dtype, attention.d_kv, dropout_p, device)
+        return source_view.with_pairs(target_tokens) if serves else source_view
+
     def forward(
         self,
         embeddings_BTD: Tensor,
@@ -130,8 +149,6 @@ class DecoderStack(nn.Module):
         if self.relative_attention_bias is not None:
             offset_bias = self.relative_attention_bias(self.bias_reach_tokens)
 
-        if cache is None:
-            source_view = source_view.with_pairs(embeddings_BTD.shape[1])
         x_BTD = self.dropout(self.embedding_norm(embeddings_BTD))
         hidden_states = [x_BTD] if with_hidden_states else []
         attentions: list[Tensor] = []

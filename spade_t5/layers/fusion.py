@@ -79,7 +79,9 @@ class GatedFusion(NormedFusion):
         """Joins the branches."""
         global_BLD, local_BLD = self.global_norm(global_BLD), self.local_norm(local_BLD)
         gate_BLD = torch.sigmoid(self.gate(torch.cat([global_BLD, local_BLD], dim=-1)))
-        return torch.lerp(local_BLD, global_BLD, gate_BLD.to(local_BLD.dtype))
+        # under autocast one branch may be in half precision and the other not
+        dtype = torch.promote_types(local_BLD.dtype, global_BLD.dtype)
+        return torch.lerp(local_BLD.to(dtype), global_BLD.to(dtype), gate_BLD.to(dtype))
 
 
 FUSIONS: dict[str, Callable[[int, str, float], Fusion]] = {

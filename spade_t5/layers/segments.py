@@ -11,7 +11,8 @@ is derived here:
     shifted right          s a b c d s f p s h        (s: decoder start, p: padding)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,21 @@ class SourceView:
     source_documents_BL: Tensor | None
     """Document of each source token, 0 = padding; None: no token is padding and all are one document."""
     pairs: DocumentPairs | None = None
-    """The same laid out for attention document by document; see `with_pairs`."""
+    """The same laid out for attention document by document."""
 
     def with_pairs(self, target_tokens: int) -> "SourceView":
-        """Find the documents once for all layers. A compiled graph keeps the masks instead: sizes must not depend on ids."""
-        if self.source_documents_BL is None or torch.compiler.is_compiling():
+        """Find the documents once for all layers."""
+        if self.source_documents_BL is None:
             return self
-        pairs = pair_documents(self.target_documents_BT, self.source_documents_BL, target_tokens)
-        return SourceView(self.target_documents_BT, self.source_documents_BL, pairs)
+        return replace(self, pairs=pair_documents(self.target_documents_BT, self.source_documents_BL, target_tokens))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "SourceView":
+        """The same on another device: accelerate's hooks call it where layers lie on several."""
+
+        def move(x: Any) -> Any:
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
+        return SourceView(move(self.target_documents_BT), move(self.source_documents_BL), move(self.pairs))
 
     def is_visible(self) -> Tensor | None:
         """Bool, broadcastable to (B, T, L): True where a target token sees a source token; None: everywhere."""

@@ -163,7 +163,7 @@ class Trainer:
         )
         # DeepSpeed averages gradients over ranks, hence the factor world size.
         scale = distributed.world_size() / max(targets, 1)
-        own_loss = 0.0
+        own_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self.backend.model.train()
         for micro, batch in enumerate(micro_batches):
             seeds = np.random.SeedSequence([self.config.seed, step, micro, distributed.rank()])
@@ -171,8 +171,8 @@ class Trainer:
             with self.backend.forward_context():
                 loss = self.objective.summed_loss(self.backend.model, self._to_device(batch))
             self.backend.backward(loss * scale)
-            own_loss += float(loss.detach())
-        (loss_sum,) = distributed.all_reduce_sum([own_loss])
+            own_loss += loss.detach()
+        (loss_sum,) = distributed.all_reduce_sum([float(own_loss)])
         mean_loss = loss_sum / max(targets, 1)
         if not math.isfinite(mean_loss):
             raise FloatingPointError(

@@ -13,6 +13,7 @@ from spade_t5 import (
     SpadeT5ForSequenceClassification,
     SpadeT5Model,
 )
+from spade_t5.layers.head import TokenLossConfig
 from spade_t5.layers.ssm import SSMMixer
 
 RELEASE = {
@@ -371,3 +372,31 @@ def test_more_tokens_than_positions() -> None:
     model = make_model(**RELEASE)
     with pytest.raises(ValueError, match="decoder_positions is 20"):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=25, eos_token_id=None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_still_computes_losses_after_the_vocabulary_grew(tied: bool) -> None:
+    model, batch = make_model(tie_word_embeddings=tied), make_batch()
+    model.resize_token_embeddings(80)
+    output = model(**batch)
+    summed = model(**batch, token_loss=TokenLossConfig())
+    assert output.logits.shape[-1] == 80
+    assert summed.logits is None
+    torch.testing.assert_close(summed.loss, output.loss * batch["labels"].numel())
+
+
+def test_attention_weights_under_autocast_of_padded_rows() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        output = make_model()(**make_batch(), output_attentions=True)
+    for weights in (*output.cross_attentions, *output.decoder_attentions, *output.encoder_attentions):
+        assert weights.dtype == torch.float32
+        assert (output.cross_attentions[0][1, :, :, -3:] == 0).all()
+
+
+@pytest.mark.parametrize("fusion", ["concat", "add", "stack", "gated"])
+def test_every_fusion_trains_under_autocast(fusion: str) -> None:
+    model = make_model(fusion=fusion).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**make_batch()).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

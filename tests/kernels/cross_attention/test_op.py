@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spade_t5.kernels.cross_attention import cross_attention, pair_documents
+from spade_t5.kernels.cross_attention import can_pair_documents, cross_attention, pair_documents
+from spade_t5.layers.segments import SourceView
 
 F64 = torch.float64
 
@@ -55,6 +56,22 @@ def test_without_ids_every_key_is_seen() -> None:
     o = cross_attention(*tensors)
     weights = torch.einsum("bthk,blhk->bhtl", tensors[0], tensors[1]).softmax(dim=-1)
     torch.testing.assert_close(o, torch.einsum("bhtl,blhk->bthk", weights, tensors[2]))
+
+
+def test_pairs_go_along_to_another_device() -> None:
+    pairs = pair_documents(torch.tensor([[1, 2]]), torch.tensor([[1, 2]]), 2)
+    view = SourceView(torch.tensor([[1, 2]]), torch.tensor([[1, 2]]), pairs).to(torch.device("meta"))
+    assert view.pairs.queries_P.device.type == view.pairs.key_ends_N1.device.type == "meta"
+    assert view.target_documents_BT.device.type == view.source_documents_BL.device.type == "meta"
+    assert view.pairs.max_keys == 1
+
+
+def test_what_flash_attention_takes() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert can_pair_documents(torch.float32, 5, 0.1, cpu)
+    assert not can_pair_documents(torch.float32, 64, 0.0, gpu)
+    assert not can_pair_documents(torch.bfloat16, 64, 0.1, gpu)
+    assert not can_pair_documents(torch.bfloat16, 20, 0.0, gpu)
 
 
 def test_pairs_are_as_documented() -> None:

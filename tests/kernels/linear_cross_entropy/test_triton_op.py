@@ -174,3 +174,18 @@ def test_gpu_sizes() -> None:
         assert_near(name, one, other, bound=1e-2)
     again = run(x, weight, labels, "triton", **TERMS)
     assert all(torch.equal(one, other) for one, other in zip(actual, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_loss_scale_beyond_float16_stays_finite(backend: str) -> None:
+    x, weight, labels = (tensor.cuda() for tensor in inputs(33, 64, 500, torch.float16))
+    leaves = [1e-3 * tensor for tensor in (x, weight)]
+    found = []
+    for dtype in (torch.float16, F32):
+        scaled = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        (linear_cross_entropy(*scaled, labels, backend=backend) * 65536.0).backward()
+        found.append([leaf.grad for leaf in scaled])
+    for half, single in zip(*found, strict=True):
+        assert_near("gradient", half, single, bound=5e-2)

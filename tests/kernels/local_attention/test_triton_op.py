@@ -266,6 +266,29 @@ def test_takes_views_of_a_fused_projection_and_transposed_tensors() -> None:
             assert torch.equal(a, e)
 
 
+def test_takes_views_as_segment_ids() -> None:
+    tensors = [torch.cat([x, x.flip(1)]) if x.dim() == 4 else x for x in inputs(40, 5)]
+    segment_ids = packed_rows(2, 40)
+    expanded, gappy = segment_ids[:1].expand(2, -1), segment_ids.repeat_interleave(2, dim=1)[:, ::2]
+    for view in (expanded, gappy, segment_ids.t().contiguous().t()):
+        assert not view.is_contiguous()
+        found = run(tensors, left=9, right=9, segment_ids=view)
+        for a, e in zip(found, run(tensors, left=9, right=9, segment_ids=view.contiguous()), strict=True):
+            assert torch.equal(a, e)
+
+
+def test_half_precision_bias_gradient_at_the_end_of_float16() -> None:
+    """Eight summands may go beyond the largest float16, where each of them does not."""
+    q = torch.zeros(1, 64, 1, 16, dtype=torch.float16, device=DEVICE)
+    own = torch.nn.functional.one_hot(torch.arange(64) % 16, 16)[None, :, None].to(q)
+    # every key of seven weighs 1/7, and dS is 29,000 for a query's own key
+    tensors = [q, q, 8 * own, torch.zeros(1, 7, device=DEVICE)]
+    exact = run(doubled(tensors), 30000.0 * own.double(), left=3, right=3, backend="naive")
+    actual = run(tensors, 30000.0 * own, left=3, right=3)
+    assert exact[4].max() > 8 * 65504
+    assert_near("dbias", actual[4], exact[4], bound=1e-2)
+
+
 def test_saves_its_inputs_its_output_and_one_number_a_query() -> None:
     tensors = [x.requires_grad_() for x in inputs(64, 10)]
     saved: list[Tensor] = []
