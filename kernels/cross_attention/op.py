@@ -72,6 +72,6 @@ def cross_attention(
         return cross_attention_naive(q, k, v, visible_keys(query_documents, key_documents), dropout_p)
     # Where no query sees a key, nothing would tie the output to keys and values, whose projections need a gradient, of
     # zeros, on every rank alike (ZeRO 3 waits for it).
-    if pairs is not None and not pairs.is_empty and can_pair_documents(q.dtype, q.shape[3], dropout_p, q.device):
+    if pairs is not None and pairs.num_scores > 0 and can_pair_documents(q.dtype, q.shape[3], dropout_p, q.device):
         return cross_attention_per_document(q, k, v, pairs, dropout_p)
     return cross_attention_sdpa(q, k, v, visible_keys(query_documents, key_documents), dropout_p)

@@ -32,10 +32,11 @@ class SourceView:
     """The same laid out for attention document by document."""
 
     def with_pairs(self, target_tokens: int) -> "SourceView":
-        """Find the documents once for all layers."""
+        """Find the documents once for all layers, and keep them where they save work."""
         if self.source_documents_BL is None:
             return self
-        return replace(self, pairs=pair_documents(self.target_documents_BT, self.source_documents_BL, target_tokens))
+        pairs = pair_documents(self.target_documents_BT, self.source_documents_BL, target_tokens)
+        return replace(self, pairs=pairs) if pairs.is_worth_while else self
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SourceView":
         """The same on another device: accelerate's hooks call it where layers lie on several."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spade_t5 import SpadeT5Config, SpadeT5ForConditionalGeneration, SpadeT5ForSequenceClassification
+from spade_t5.kernels.cross_attention import per_document
 from spade_t5.modeling import SpadeT5PreTrainedModel
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}  # of each tensor's largest entry
@@ -44,6 +45,12 @@ VARIANTS: dict[str, dict[str, object]] = {
         "tie_word_embeddings": True,
     },
 }
+
+
+@pytest.fixture(autouse=True, params=["per document", "mask"])
+def cross_attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both paths of cross-attention, of which short rows on a CPU would take the mask alone."""
+    monkeypatch.setattr(per_document, "_SCORES_OF_A_CALL", -(10**6) if request.param == "per document" else 10**6)
 
 
 def make_config(options: dict[str, object], **more: object) -> SpadeT5Config:

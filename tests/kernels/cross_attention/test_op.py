@@ -66,6 +66,14 @@ def test_pairs_go_along_to_another_device() -> None:
     assert view.pairs.max_keys == 1
 
 
+def test_many_short_documents_are_left_to_the_mask_on_a_cpu() -> None:
+    few = torch.arange(2).repeat_interleave(256)[None] + 1
+    many = torch.arange(128).repeat_interleave(4)[None] + 1
+    assert pair_documents(few, few, 512).is_worth_while
+    assert not pair_documents(many, many, 512).is_worth_while
+    assert pair_documents(many, many, 512).num_scores == 128 * 16
+
+
 def test_what_flash_attention_takes() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert can_pair_documents(torch.float32, 5, 0.1, cpu)
