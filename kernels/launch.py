@@ -64,6 +64,12 @@ def must_upcast(*tensors: torch.Tensor) -> bool:
     return bool(knobs.runtime.interpret) and any(tensor.dtype == torch.bfloat16 for tensor in tensors)
 
 
+def adjacent_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., D) as (X, D) with adjacent columns: a view, of a half of a fused projection too, where the strides allow one."""
+    x_XD = x.reshape(-1, x.shape[-1])
+    return x_XD if x_XD.stride(1) == 1 else x_XD.contiguous()
+
+
 @functools.cache
 def _compute_capability(index: int | None) -> str:
     major, minor = torch.cuda.get_device_capability(index)

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from spade_t5.kernels.gated_gelu.triton_kernels import gated_gelu_bwd_kernel, gated_gelu_fwd_kernel
-from spade_t5.kernels.launch import launch_config, operator
+from spade_t5.kernels.launch import adjacent_rows, launch_config, operator
 
 
 def gated_gelu_triton(a: Tensor, b: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def gated_gelu_triton(a: Tensor, b: Tensor) -> Tensor:
 
 @operator("gated_gelu")
 def _forward(a: Tensor, b: Tensor) -> Tensor:
-    a_XF, b_XF = _rows(a), _rows(b)
+    a_XF, b_XF = adjacent_rows(a), adjacent_rows(b)
     h = torch.empty_like(a, memory_format=torch.contiguous_format)
     num_rows, d_ff = a_XF.shape
     config = launch_config("gated_gelu", "fwd", a.device)
@@ -37,7 +37,7 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 @operator("gated_gelu_backward")
 def _backward(a: Tensor, b: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    a_XF, b_XF, dh_XF = _rows(a), _rows(b), _rows(dh)
+    a_XF, b_XF, dh_XF = adjacent_rows(a), adjacent_rows(b), adjacent_rows(dh)
     da, db = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b))
     num_rows, d_ff = a_XF.shape
     config = launch_config("gated_gelu", "bwd", a.device)
@@ -71,9 +71,3 @@ def _gradients(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., F) as (X, F) with adjacent columns; a view of a half of a fused projection, a copy of a transposed tensor."""
-    x_XF = x.reshape(-1, x.shape[-1])
-    return x_XF if x_XF.stride(1) == 1 else x_XF.contiguous()

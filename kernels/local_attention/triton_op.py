@@ -96,17 +96,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offset_bias: Tensor | None,
-    left: int | None,
-    right: int | None,
-    segment_ids: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_outputs(q)
 
 
@@ -209,21 +199,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offset_bias: Tensor | None,
-    left: int | None,
-    right: int | None,
-    segment_ids: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    needs_bias_gradient: bool,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, offset_bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(q, offset_bias, needs_bias_gradient)
+    return _empty_gradients(q, offset_bias, needs_bias_gradient=others[-1])
 
 
 def _empty_gradients(

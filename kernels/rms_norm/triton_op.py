@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spade_t5.kernels.launch import LaunchConfig, launch_config, operator
+from spade_t5.kernels.launch import LaunchConfig, adjacent_rows, launch_config, operator
 from spade_t5.kernels.rms_norm.triton_kernels import rms_norm_bwd_kernel, rms_norm_fwd_kernel
 
 _SMALLEST_CLASS, _LARGEST_CLASS = 128, 8192
@@ -140,8 +140,8 @@ def _launch_forward(
     batch, length = _entries(y, is_transposed or with_transpose)
     block_d, config = _config("fwd", y, is_transposed or with_transpose)
     tiles_per_entry = triton.cdiv(length, config["ROWS"])
-    x_XD = x if is_transposed else _rows(x)
-    residual_XD = None if residual is None else _rows(residual)
+    x_XD = x if is_transposed else adjacent_rows(x)
+    residual_XD = None if residual is None else adjacent_rows(residual)
     threshold, scale = _dropout(dropout_p)
     rms_norm_fwd_kernel[(batch * tiles_per_entry,)](
         x_XD,
@@ -280,8 +280,8 @@ def _launch_backward(
     num_programs = min(batch * tiles_per_entry, config.pop("PROGRAMS"))
     d_model = len(weight)
     dweight_PD = torch.empty(num_programs, d_model, dtype=torch.float32, device=r.device) if needs_dweight else None
-    dr_XD, dy_XD = (None if gradient is None else _rows(gradient) for gradient in (dr, dy))
-    r_XD = r if is_transposed else _rows(r)
+    dr_XD, dy_XD = (None if gradient is None else adjacent_rows(gradient) for gradient in (dr, dy))
+    r_XD = r if is_transposed else adjacent_rows(r)
     threshold, scale = _dropout(dropout_p)
     rms_norm_bwd_kernel[(num_programs,)](
         dr_XD,
@@ -374,9 +374,3 @@ def _config(kernel: str, y: Tensor, has_transposed: bool) -> tuple[int, LaunchCo
         raise ValueError(f"x has {y.shape[-1]} columns; the Triton kernels take {_LARGEST_CLASS}: use backend 'torch'")
     variant = f"{kernel}{'_transposed' if has_transposed else ''}/d{block_d}"
     return block_d, dict(launch_config("rms_norm", variant, y.device))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., D) as (X, D) with adjacent columns: a view where the strides allow one."""
-    x_XD = x.reshape(-1, x.shape[-1])
-    return x_XD if x_XD.stride(1) == 1 else x_XD.contiguous()

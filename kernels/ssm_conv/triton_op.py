@@ -52,16 +52,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    u_BDL: Tensor,
-    local: Tensor,
-    w: Tensor,
-    p: Tensor,
-    transition: Tensor,
-    piece: Tensor | None,
-    num_pieces: Tensor | None,
-    is_linked: Tensor | None,
-) -> Tensor:
+def _(u_BDL: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(u_BDL, memory_format=torch.contiguous_format)
 
 
@@ -82,16 +73,7 @@ def _backward_input(
 
 
 @_backward_input.register_fake
-def _(
-    dy_BDL: Tensor,
-    local: Tensor,
-    w: Tensor,
-    p: Tensor,
-    transition: Tensor,
-    piece: Tensor | None,
-    num_pieces: Tensor | None,
-    is_linked: Tensor | None,
-) -> Tensor:
+def _(dy_BDL: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(dy_BDL, memory_format=torch.contiguous_format)
 
 
@@ -123,19 +105,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    dy_BDL: Tensor,
-    u_BDL: Tensor,
-    local: Tensor,
-    w: Tensor,
-    p: Tensor,
-    transition: Tensor,
-    piece: Tensor | None,
-    num_pieces: Tensor | None,
-    is_linked: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u_BDL, local, w, p, transition)]
-    return gradients[0], gradients[1], gradients[2], gradients[3], gradients[4]
+def _(dy_BDL: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """One gradient for each of u, local, w, p and transition."""
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in others[:5])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
