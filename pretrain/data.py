@@ -1,11 +1,9 @@
 """What a model is pretrained on: token stores, alone or mixed, and how their documents become rows."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -129,7 +127,7 @@ class StoreData:
         denoisers = objective.bind(vocabulary)
         for store in stores:
             check_documents_end(store, denoisers)
-        identities = [sha256(json.dumps(store.manifest, sort_keys=True).encode()).hexdigest() for store in stores]
+        identities = [store.identity for store in stores]
         for number, identity in enumerate(identities):
             if identity in identities[:number]:
                 first = self.stores[identities.index(identity)].store

@@ -6,7 +6,6 @@ with the files that are missing. Processes of one machine may ask at once: one c
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,8 +34,7 @@ def stage(store: Path, folder: Path) -> Path:
         DataError: there is no complete store, a file of it or of its copy is damaged, or the folder cannot be written or is too small.
     """
     source = TokenStore.open(store)
-    identity = hashlib.sha256(json.dumps(source.manifest, sort_keys=True).encode()).hexdigest()[:16]
-    final = folder / f"{store.resolve().name}-{identity}"
+    final = folder / f"{store.resolve().name}-{source.identity[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f".{final.name}.lock"):

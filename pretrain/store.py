@@ -8,7 +8,6 @@ The manifest says what the store was made of and by which tokenizer, how much ea
 written last, and the folder gets its name after that: a store that can be opened is complete.
 """
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spade_t5.checkpoint.manifest import check_file, file_sha256, whole_file
+from spade_t5.checkpoint.manifest import check_file, content_hash, file_sha256, whole_file
 from spade_t5.errors import ConfigError, DataError
 from spade_t5.pretrain.encoding import Tokens
 
@@ -108,6 +107,11 @@ class TokenStore:
                 if size != shard.num_bytes:
                     raise DataError(f"{file}: {size} bytes, the manifest says {shard.num_bytes}; make the store again")
         return store
+
+    @property
+    def identity(self) -> str:
+        """Hash of the manifest, and so of everything in the store."""
+        return content_hash(self.manifest)
 
     def files(self) -> dict[str, tuple[int, str]]:
         """Size and hash of every file but the manifest, by its name within the store."""
@@ -318,7 +322,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise DataError(f"{folder}: token store of format {found}, expected {FORMAT}; make it again")
-    if manifest.pop("sha256", None) != _own_hash(manifest):
+    if manifest.pop("sha256", None) != content_hash(manifest):
         raise DataError(f"{path}: damaged, its content differs from its own hash; make the store again")
     try:
         names = list(listed_files(manifest))
@@ -333,7 +337,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], *, scratch: Path | None = None) -> None:
     """Writes the manifest of a store with its own hash; unfinished in `scratch`, as `whole_file`."""
-    write_json(folder / MANIFEST, {**manifest, "sha256": _own_hash(manifest)}, scratch=scratch)
+    write_json(folder / MANIFEST, {**manifest, "sha256": content_hash(manifest)}, scratch=scratch)
 
 
 def listed_files(manifest: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
@@ -379,7 +383,3 @@ def write_shard(path: Path, documents: Sequence[Tokens], dtype: np.dtype[Any], *
     with whole_file(path, scratch=scratch) as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
     return Shard(path.name, int(offsets[-1]), len(documents), path.stat().st_size, file_sha256(path))
-
-
-def _own_hash(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

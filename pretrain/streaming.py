@@ -10,19 +10,18 @@ all ranks is, for every lane, the state with the most segments taken.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from spade_t5.checkpoint.manifest import content_hash
 from spade_t5.data.bad_rows import BadRowLimits
 from spade_t5.errors import ConfigError, UserError
 from spade_t5.hf.tokenizer import load_tokenizer, tokenizer_hash
@@ -118,7 +117,7 @@ class StreamingData:
             eval_rows=HeldOutRows(pairs, vocabulary, seed=seed, max_rows=self.max_eval_rows),
             groups=train_rows.renderer.groups,
             fingerprint={
-                "corpus": sha256(json.dumps(corpus.fingerprint, sort_keys=True).encode()).hexdigest(),
+                "corpus": content_hash(corpus.fingerprint),
                 "tokenizer": tokenizer_hash(tokenizer),
                 "lanes": self.lanes,
                 "held_out_fraction": self.held_out_fraction,

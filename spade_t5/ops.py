@@ -9,7 +9,6 @@ each is documented.
 import logging
 import os
 from functools import cache
-from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -51,6 +50,7 @@ __all__ = [
     "kernel_spectrum",
     "linear",
     "linear_cross_entropy",
+    "linear_cross_entropy_with_token_losses",
     "local_attention",
     "local_attention_probabilities",
     "pair_documents",
@@ -245,7 +245,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     return _linear.linear(x, weight, bias, backend=backend_in_use(backend, x.device))
 
 
-@overload
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -254,45 +253,37 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    with_token_losses: Literal[False] = False,
     backend: str = "auto",
-) -> Tensor: ...
-
-
-@overload
-def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    with_token_losses: Literal[True],
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]: ...
-
-
-def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    with_token_losses: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Summed cross-entropy from hidden states: `spade_t5.kernels.linear_cross_entropy.linear_cross_entropy`."""
-    loss, token_losses = _linear_cross_entropy.linear_cross_entropy(
+    return _linear_cross_entropy.linear_cross_entropy(
         x,
         weight,
         labels,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
-        with_token_losses=True,
         backend=backend_in_use(backend, x.device),
     )
-    return (loss, token_losses) if with_token_losses else loss
+
+
+def linear_cross_entropy_with_token_losses(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The same, and each label's loss: `spade_t5.kernels.linear_cross_entropy.linear_cross_entropy_with_token_losses`."""
+    return _linear_cross_entropy.linear_cross_entropy_with_token_losses(
+        x,
+        weight,
+        labels,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        backend=backend_in_use(backend, x.device),
+    )

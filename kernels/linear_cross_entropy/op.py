@@ -1,7 +1,5 @@
 """The public `linear_cross_entropy`: checks its arguments and hands them to a backend."""
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from spade_t5.kernels.linear_cross_entropy.terms import LossTerms
 from spade_t5.kernels.linear_cross_entropy.torch_chunked import linear_cross_entropy_chunked
 
 
-@overload
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -20,36 +17,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    with_token_losses: Literal[False] = False,
     backend: str = "auto",
-) -> Tensor: ...
-
-
-@overload
-def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    with_token_losses: Literal[True],
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]: ...
-
-
-def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    with_token_losses: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Summed cross-entropy of labels under softmax(x weight'), from the hidden states, in memory of a few rows' logits.
 
     With z = weight x of one row, y its label, V entries and lse = log sum_v exp(z_v), the row's loss is
@@ -74,15 +43,41 @@ def linear_cross_entropy(
         z_loss: coefficient c; 1e-4 in Mesh TensorFlow and t5x.
         label_smoothing: s, in [0, 1].
         ignore_index: label of rows that add nothing to the loss and have no gradient.
-        with_token_losses: also return the losses that the sum consists of.
         backend: "auto", "triton", "torch" or "naive".
 
     Returns:
-        scalar, the sum over the labels that are not ignored; float32 (float64 for float64 inputs). With token losses also
-        these, (...) as `labels`, in the same dtype, 0 where a label is ignored, without a gradient.
+        scalar, the sum over the labels that are not ignored; float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit, or the backend is not available.
+    """
+    loss, _ = linear_cross_entropy_with_token_losses(
+        x,
+        weight,
+        labels,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+    return loss
+
+
+def linear_cross_entropy_with_token_losses(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The same, and the losses that the sum consists of, which the op has anyway.
+
+    Returns:
+        the sum as from `linear_cross_entropy`, and the loss of each label: (...) as `labels`, in the same dtype, 0 where a
+        label is ignored, without a gradient.
     """
     _check(x, weight, labels)
     if z_loss < 0.0:
@@ -98,12 +93,10 @@ def linear_cross_entropy(
         from spade_t5.kernels.linear_cross_entropy.triton_op import linear_cross_entropy_triton
 
         refuse_double(x=x, weight=weight)
-        loss, token_losses = linear_cross_entropy_triton(x, weight, labels, terms)
-    elif chosen == "naive":
-        loss, token_losses = linear_cross_entropy_naive(x, weight, labels, terms)
-    else:
-        loss, token_losses = linear_cross_entropy_chunked(x, weight, labels, terms)
-    return (loss, token_losses) if with_token_losses else loss
+        return linear_cross_entropy_triton(x, weight, labels, terms)
+    if chosen == "naive":
+        return linear_cross_entropy_naive(x, weight, labels, terms)
+    return linear_cross_entropy_chunked(x, weight, labels, terms)
 
 
 def _check(x: Tensor, weight: Tensor, labels: Tensor) -> None:

@@ -15,6 +15,7 @@ from spade_t5.pretrain.objectives.iid_masking import IidMasking, UniformMasking
 from spade_t5.pretrain.objectives.prefix_lm import LMAdaptation, PrefixLM
 from spade_t5.pretrain.objectives.span_corruption import SpanCorruption
 from spade_t5.pretrain.objectives.vocabulary import Vocabulary
+from spade_t5.pretrain.order import weight_at
 
 _MOST_WEIGHT = 1e9
 _LATEST_BLOCK = 2**40
@@ -96,8 +97,7 @@ class Mixture(Objective):
         """Checks that there is something to draw from, always."""
         schedules = [entry.steps() for entry in self.entries]
         for start in sorted({0, *(first_block for steps in schedules for first_block, _ in steps)}):
-            current = [next(weight for block, weight in reversed(steps) if block <= start) for steps in schedules]
-            if not any(current):
+            if not any(weight_at(steps, start) for steps in schedules):
                 raise ValueError(
                     f"entries: none has a weight above 0 from block {start} on; give at least one denoiser a positive weight"
                 )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,7 +68,7 @@ def write_manifest(folder: Path, entries: dict[str, dict[str, Any]], **facts: An
     """Writes `manifest.json` over the files named in `entries` (from `file_entry`), with further `facts`."""
     content = {**facts, "files": dict(sorted(entries.items()))}
     path = folder / MANIFEST
-    path.write_text(json.dumps({**content, "sha256": _own_hash(content)}, indent=1), encoding="utf-8")
+    path.write_text(json.dumps({**content, "sha256": content_hash(content)}, indent=1), encoding="utf-8")
     sync(path)
 
 
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: missing or unreadable; the folder was not written completely, use another one"
         ) from None
-    if own_hash != _own_hash(content):
+    if own_hash != content_hash(content):
         raise DataError(f"{path}: its content does not match its own hash; the folder is damaged, use another one")
     for name in names:
         if Path(name).name != name:
@@ -131,5 +131,6 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _own_hash(content: dict[str, Any]) -> str:
+def content_hash(content: Mapping[str, Any]) -> str:
+    """Hash of JSON values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@ from typing import overload
 from torch import Tensor
 
 from spade_t5.layers.projection import Projection
-from spade_t5.ops import linear_cross_entropy
+from spade_t5.ops import linear_cross_entropy_with_token_losses
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,11 +51,10 @@ class LanguageModelHead(Projection):
         """
         if loss is None or labels_BT is None:
             return super().forward(input)
-        return linear_cross_entropy(
+        return linear_cross_entropy_with_token_losses(
             input,
             self.weight,
             labels_BT,
             z_loss=loss.z_loss,
             label_smoothing=loss.label_smoothing,
-            with_token_losses=True,
         )

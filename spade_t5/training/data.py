@@ -5,6 +5,7 @@ rows for the global batch size B; rank r takes those whose place in the batch is
 number of ranks, meets the same rows in the same step, and nothing about the data needs to be saved but the cursor.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,14 +83,14 @@ class TrainingRows(Protocol):
         ...
 
 
-class NumberedRows:
+class NumberedRows(ABC):
     """Base of sources whose rows have numbers: training rows by a sampler of numbers, evaluation rows if there are finitely many."""
 
     num_rows: int | None = None
 
+    @abstractmethod
     def collate(self, row_numbers: Sequence[int]) -> Batch:
         """See `RowSource`."""
-        raise NotImplementedError
 
     def next_rows(self, cursor: Cursor | None, count: int) -> tuple[Sequence[int], Cursor]:
         """Numbers of the next rows, and the cursor behind them; here 0, 1, 2, ..."""

@@ -5,7 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spade_t5.kernels.linear_cross_entropy import chunks, linear_cross_entropy
+from spade_t5.kernels.linear_cross_entropy import (
+    chunks,
+    linear_cross_entropy,
+    linear_cross_entropy_with_token_losses,
+)
 from spade_t5.testing.kernels import assert_near
 
 F64 = torch.float64
@@ -38,8 +42,8 @@ def test_reference_equals_the_closed_form() -> None:
     lse = torch.tensor(1.0 + torch.e).log()
     expected = 0.9 * (lse - 1.0) + 0.1 * (lse - 0.5) + 0.5 * lse**2
     terms = {"z_loss": 0.5, "label_smoothing": 0.1}
-    loss, token_losses = linear_cross_entropy(
-        x, weight, torch.tensor([1, -100]), **terms, with_token_losses=True, backend="naive"
+    loss, token_losses = linear_cross_entropy_with_token_losses(
+        x, weight, torch.tensor([1, -100]), **terms, backend="naive"
     )
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(token_losses, torch.stack([expected, torch.zeros(())]))
@@ -78,7 +82,7 @@ def test_gradcheck_and_leading_dimensions(small_chunks: None) -> None:
 def test_token_losses_are_what_the_loss_sums(backend: str, small_chunks: None) -> None:
     x, weight, labels = inputs(24, 5, 33)
     x, labels = x.view(4, 6, 5).transpose(0, 1).requires_grad_(), labels.view(4, 6).t()
-    loss, token_losses = linear_cross_entropy(x, weight, labels, with_token_losses=True, backend=backend, **TERMS[3])
+    loss, token_losses = linear_cross_entropy_with_token_losses(x, weight, labels, backend=backend, **TERMS[3])
     assert not token_losses.requires_grad
     alone = [
         linear_cross_entropy(x[i : i + 1, j], weight, labels[i : i + 1, j], backend="naive", **TERMS[3])
@@ -96,7 +100,7 @@ def test_token_losses_are_what_the_loss_sums(backend: str, small_chunks: None) -
 def test_token_losses_are_float32_under_autocast() -> None:
     x, weight, labels = inputs(6, 4, 9)
     with torch.autocast("cpu", torch.bfloat16):
-        _, token_losses = linear_cross_entropy(x.bfloat16(), weight.float(), labels, with_token_losses=True)
+        _, token_losses = linear_cross_entropy_with_token_losses(x.bfloat16(), weight.float(), labels)
     assert token_losses.dtype == torch.float32
 
 

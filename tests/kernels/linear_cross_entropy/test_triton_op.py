@@ -5,7 +5,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from spade_t5.kernels.linear_cross_entropy import chunks, linear_cross_entropy
+from spade_t5.kernels.linear_cross_entropy import (
+    chunks,
+    linear_cross_entropy,
+    linear_cross_entropy_with_token_losses,
+)
 from spade_t5.testing.kernels import assert_near, poisoned_allocations
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -86,10 +90,8 @@ def test_token_losses_are_what_the_loss_sums(dtype: torch.dtype, small_chunks: N
     x, weight, labels = inputs(40, 24, 101, dtype)
     x, labels = x.view(8, 5, 24).transpose(0, 1).requires_grad_(), labels.view(8, 5).t()
     with poisoned_allocations():
-        loss, token_losses = linear_cross_entropy(x, weight, labels, with_token_losses=True, backend="triton", **TERMS)
-    _, exact = linear_cross_entropy(
-        x.double(), weight.double(), labels, with_token_losses=True, backend="naive", **TERMS
-    )
+        loss, token_losses = linear_cross_entropy_with_token_losses(x, weight, labels, backend="triton", **TERMS)
+    _, exact = linear_cross_entropy_with_token_losses(x.double(), weight.double(), labels, backend="naive", **TERMS)
     assert token_losses.dtype == F32
     assert not token_losses.requires_grad
     assert_near("token losses", token_losses, exact, bound={F32: 1e-5, BF16: 1e-2}[dtype])
@@ -139,7 +141,7 @@ def test_operator_passes_pytorchs_own_checks_and_is_one_node_of_a_compiled_graph
     )
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
-        loss, token_losses = linear_cross_entropy(x, weight, labels, with_token_losses=True, backend="triton", **TERMS)
+        loss, token_losses = linear_cross_entropy_with_token_losses(x, weight, labels, backend="triton", **TERMS)
         return loss + token_losses.sum()
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
