@@ -16,5 +16,13 @@ class DataError(UserError):
     """Input data is missing, empty or malformed beyond what may be skipped."""
 
 
+class RunAbortedError(Exception):
+    """A run cannot go on; the message says why and what to do in one line: exit code 1, no traceback."""
+
+
+class SaveError(RunAbortedError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 class StopRequestedError(Exception):
     """The run was asked to stop and has saved a checkpoint: exit code 75, resume to go on."""

@@ -5,6 +5,8 @@ from typing import Literal
 
 from spade_t5.training.optimizers import AdamWConfig, OptimizerConfig, check_zero_stage
 from spade_t5.training.schedules import ConstantSchedule, Schedule
+from spade_t5.training.spikes import SpikesConfig
+from spade_t5.training.watchdog import TimeoutsConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,15 +68,44 @@ class TrainingConfig:
     """Steps between checkpoints; null: only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep_every_steps: int | None = None
+    """Checkpoints of steps that are multiples of this are kept as well, for good; null: none."""
+    keep_best: int = 0
+    """Checkpoints with the lowest held-out loss that are kept as well; only those count whose step was evaluated."""
+    on_save_error: Literal["stop", "retry"] = "stop"
+    """When a checkpoint cannot be written: stop ends the run, retry goes on and writes the next one when it is due."""
+    max_wall_seconds: float | None = None
+    """The run saves and ends with exit code 75 once it has run for so long; null: no limit."""
+    ema_decay: float | None = None
+    """Decay per step of an exponential moving average of the weights, which checkpoints carry and `export --ema` writes; null: none."""
+    max_skipped_in_a_row: int = 5
+    """Steps with a loss or gradient that is not finite are skipped; the run ends after so many in a row."""
+    spikes: SpikesConfig | None = None
+    """What is done about loss spikes; null: nothing."""
+    replica_check_every_steps: int | None = None
+    """Steps between comparisons of the weights that ranks hold copies of; they are also compared before each save. Null: never."""
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
+    """How long each phase may go without progress before the run counts as hanging and ends."""
 
     def __post_init__(self) -> None:
         """Checks the fields against each other."""
         for name in ("steps", "global_batch_rows", "micro_batch_rows", "log_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+        if self.max_skipped_in_a_row < 1:
+            raise ValueError(f"max_skipped_in_a_row: {self.max_skipped_in_a_row} must be at least 1")
         for name in ("eval_every_steps", "save_every_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1, or null for only at the end")
+        for name in ("keep_every_steps", "replica_check_every_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1, or null for none")
+        if self.keep_best < 0:
+            raise ValueError(f"keep_best: {self.keep_best} must not be negative")
+        if self.max_wall_seconds is not None and self.max_wall_seconds <= 0:
+            raise ValueError(f"max_wall_seconds: {self.max_wall_seconds} must be positive, or null for no limit")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay: {self.ema_decay} must lie between 0 and 1, or be null for no average")
         if self.clip_norm < 0:
             raise ValueError(f"clip_norm: {self.clip_norm} must not be negative; 0 switches clipping off")
         if self.loader_workers < 0:
