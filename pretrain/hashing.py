@@ -10,19 +10,10 @@ by exhaustive search (Wellons, "Prospecting for hash functions", 2018).
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from spade_t5.data.hashing import mix64
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = 2**64 - 1
-
-
-def mix64(x: ArrayLike) -> NDArray[np.uint64]:
-    """The splitmix64 finaliser: a bijection of 64-bit words that flips about half of the bits for every changed bit."""
-    z = np.array(x, dtype=np.uint64, ndmin=1)
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
 
 
 def sub_seed(seed: int, *numbers: int) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from spade_t5.pretrain.hashing import mix64, sample_keys, sub_seed
+from spade_t5.data.hashing import mix64
+from spade_t5.pretrain.hashing import sample_keys, sub_seed
 
 POOL_CHUNKS = 64
 

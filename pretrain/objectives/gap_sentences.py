@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from spade_t5.data.hashing import mix64
 from spade_t5.errors import ConfigError
-from spade_t5.pretrain.hashing import mix64, sample_keys
+from spade_t5.pretrain.hashing import sample_keys
 from spade_t5.pretrain.objectives.denoiser import (
     MOST_TOKENS,
     BoundDenoiser,

@@ -4,6 +4,7 @@ The engine owns time and hands a backend losses that are already divided by the 
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class Backend(Protocol):
         ...
 
     def step(self, learning_rate_factor: float) -> float:
-        """Clips, updates and clears the gradients; returns their norm before clipping."""
+        """Clips, updates and clears the gradients; returns their norm before clipping. Where it is not finite, nothing was updated."""
         ...
 
     def fragments(self) -> list[Fragment]:
@@ -83,10 +84,11 @@ class SingleProcess:
         loss.backward()
 
     def step(self, learning_rate_factor: float) -> float:
-        """Clips, updates and clears the gradients; returns their norm before clipping."""
+        """Clips, updates and clears the gradients; returns their norm before clipping. Where it is not finite, nothing was updated."""
         norm = clip_gradients([p for _, p in self._trained], self._clip_norm)
-        set_rates(self.optimizer, self._peak_rates, learning_rate_factor)
-        self.optimizer.step()
+        if math.isfinite(norm):
+            set_rates(self.optimizer, self._peak_rates, learning_rate_factor)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -7,6 +7,7 @@ switched off; its own checkpoints are not used (`spade_t5/checkpoint`), so this 
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from typing import Any
@@ -148,11 +149,19 @@ class DeepSpeedBackend:
             self._engine.step()
 
     def step(self, learning_rate_factor: float) -> float:
-        """Clips, updates and clears the gradients; returns their norm before clipping."""
-        norm = clip_gradients([p for _, p in self._trained], self._clip_norm) if self._stage == 0 else None
+        """Clips, updates and clears the gradients; returns their norm before clipping. Where it is not finite, nothing was updated."""
         set_rates(self.optimizer, self._peak_rates, learning_rate_factor)
+        if self._stage == 0:
+            parameters = [p for _, p in self._trained]
+            norm = clip_gradients(parameters, self._clip_norm)
+            if not math.isfinite(norm):
+                for parameter in parameters:  # which makes the optimizer pass over it
+                    parameter.grad = None
+            self._engine.step()
+            return norm
         self._engine.step()
-        return norm if norm is not None else float(self._engine.get_global_grad_norm())
+        # ZeRO 1-3 look at the gradient themselves, and leave the weights as they are where it is not finite.
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
     def fragments(self) -> list[Fragment]:
         """The pieces of trained parameters in this rank's optimizer."""

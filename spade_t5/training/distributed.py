@@ -63,6 +63,22 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Adds a tensor up over the ranks, in place and without waiting for a GPU."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def differs(values: torch.Tensor) -> bool:
+    """Whether any rank holds other integers than the rest."""
+    if not dist.is_initialized():
+        return False
+    bounds = torch.stack([values, -values])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    return bool((bounds[0] != -bounds[1]).any())
+
+
 def gather_objects(item: T) -> list[T]:
     """`item` of every rank, in rank order, on every rank."""
     if not dist.is_initialized():

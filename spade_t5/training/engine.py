@@ -26,7 +26,7 @@ from spade_t5.training.data import Batch, BatchShape, Cursor, RowSource, Trainin
 from spade_t5.training.deepspeed import DeepSpeedBackend, start_processes
 from spade_t5.training.host_memory import keep_freed_memory
 from spade_t5.training.objectives import LossSums, Objective, loss_by_axis
-from spade_t5.training.reporting import Reporter
+from spade_t5.training.reporting import Reporter, draw_loss_curve
 
 logger = logging.getLogger("spade_t5")
 
@@ -113,7 +113,7 @@ class Trainer:
                     log_every_steps=config.log_every_steps,
                 ) as reporter:
                     self._run(reporter)
-                    reporter.loss_curve()
+                draw_loss_curve(self.run_dir)
             else:
                 self._run(None)
         finally:

@@ -40,6 +40,7 @@ class AdamWConfig:
 
     name: ClassVar[str] = "adamw"
     max_zero_stage: ClassVar[int] = 3
+    num_moments: ClassVar[int] = 2
     learning_rate: float
     """Peak learning rate."""
     beta1: float = 0.9
@@ -62,6 +63,7 @@ class RMSScaledAdamWConfig:
 
     name: ClassVar[str] = "rms_scaled_adamw"
     max_zero_stage: ClassVar[int] = 3
+    num_moments: ClassVar[int] = 2
     learning_rate: float = 2e-2
     """Peak learning rate, relative to the root mean square of each parameter."""
     beta1: float = 0.9
@@ -84,6 +86,7 @@ class AdafactorConfig:
 
     name: ClassVar[str] = "adafactor"
     max_zero_stage: ClassVar[int] = 0
+    num_moments: ClassVar[int] = 1  # at most: rows and columns are smaller
     learning_rate: float = 1e-2
     """Peak learning rate, relative to the root mean square of each parameter."""
     beta2_decay: float = -0.8
@@ -106,6 +109,7 @@ class SGDConfig:
 
     name: ClassVar[str] = "sgd"
     max_zero_stage: ClassVar[int] = 3
+    num_moments: ClassVar[int] = 1
     learning_rate: float
     """Peak learning rate."""
     momentum: float = 0.0

@@ -1,10 +1,14 @@
-"""What a run tells while it goes: progress, metrics.jsonl, TensorBoard, log.txt, and the loss curve at its end.
+"""What a run tells while it goes: progress, metrics.jsonl, events.jsonl, TensorBoard, log.txt, and the loss curve at its end.
 
-Only the main rank reports. TensorBoard and matplotlib are used where they are installed; metrics.jsonl always is.
+metrics.jsonl has a line for each step and evaluation, and for each resume, behind which steps may come again. events.jsonl has a line for
+whatever else happened: checkpoints, skipped steps, spikes, rollbacks. Only the main rank reports. TensorBoard and matplotlib are used where they are installed; metrics.jsonl always is.
 """
 
+import contextlib
 import json
 import logging
+import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +18,41 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from spade_t5.errors import RunAbortedError
+
 logger = logging.getLogger("spade_t5")
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+RESUME = "resume"
+"""Split of a line of metrics.jsonl that says behind which step a run went on."""
+_LONGEST_LINE_BYTES = 2**24
+
+
+class _Lines:
+    """A file of JSON objects, one a line, to which lines are added; a line that a crash cut off is removed first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab+")
+        start = max(0, self._file.seek(0, os.SEEK_END) - _LONGEST_LINE_BYTES)
+        self._file.seek(start)
+        self._file.truncate(start + self._file.read().rfind(b"\n") + 1)
+        self.has_content = self._file.seek(0, os.SEEK_END) > 0
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Adds a line at once; numbers that are not finite become null, as JSON has no word for them."""
+        try:
+            self._file.write(json.dumps(_with_nulls(values), allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunAbortedError(
+                f"{self._path}: cannot be written ({error.strerror}); make room there and start the same command again"
+            ) from None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was reported then
+            self._file.close()
 
 
 class Reporter:
@@ -27,7 +63,8 @@ class Reporter:
         self._run_dir = run_dir
         self._num_steps = num_steps
         self._log_every_steps = log_every_steps
-        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._metrics = _Lines(run_dir / METRICS_FILE)
+        self._events = _Lines(run_dir / EVENTS_FILE)
         self._tensorboard = _tensorboard_writer(run_dir / "tensorboard")
         self._log_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -47,6 +84,8 @@ class Reporter:
 
     def __enter__(self) -> Self:
         """Shows the progress bar."""
+        if self._metrics.has_content:
+            self.resumed(self._first_step - 1)
         self._progress.start()
         return self
 
@@ -56,6 +95,7 @@ class Reporter:
         """Closes the files."""
         self._progress.stop()
         self._metrics.close()
+        self._events.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         logger.removeHandler(self._log_file)
@@ -63,11 +103,19 @@ class Reporter:
 
     def record(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl; numbers also go to TensorBoard under `<split>/<name>`, those of mappings with one name for each level."""
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
+        self._metrics.write(metrics)
         if self._tensorboard is not None:
             for tag, value in _scalars(metrics, metrics["split"]):
                 self._tensorboard.add_scalar(tag, value, metrics["step"])
+
+    def event(self, values: dict[str, Any]) -> None:
+        """One line of events.jsonl."""
+        self._events.write({"time": time.time(), **values})
+
+    def resumed(self, step: int) -> None:
+        """Marks that training goes on behind `step`, so that what comes after it replaces what came before."""
+        self._metrics.write({"split": RESUME, "step": step})
+        self.event({"event": RESUME, "step": step})
 
     def train_step(self, metrics: dict[str, Any]) -> None:
         """Records a training step, and every so often says so."""
@@ -86,19 +134,22 @@ class Reporter:
         self.record(metrics)
         logger.info("step %d: held-out loss %.4f over %d targets", metrics["step"], metrics["loss"], metrics["targets"])
 
-    def loss_curve(self) -> None:
-        """Draws `plots/loss.png` from metrics.jsonl."""
-        draw_loss_curve(self._run_dir)
-
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics of a run, in order; where a step was redone after a resume, its last attempt."""
+    """The metrics of a run, in order; where steps were done again after a resume, their last attempt."""
     lines: dict[tuple[str, int], dict[str, Any]] = {}
-    with (run_dir / METRICS_FILE).open(encoding="utf-8") as stream:
-        for line in stream:
-            metrics = json.loads(line)
+    for metrics in read_lines(run_dir / METRICS_FILE):
+        if metrics["split"] == RESUME:
+            lines = {key: line for key, line in lines.items() if line["step"] <= metrics["step"]}
+        else:
             lines[metrics["split"], metrics["step"]] = metrics
     return sorted(lines.values(), key=lambda metrics: metrics["step"])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl or events.jsonl as they were written, but for one that was cut off at its end."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
 
 
 def draw_loss_curve(run_dir: Path) -> Path | None:
@@ -112,7 +163,7 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per target)")
     metrics = read_metrics(run_dir)
     for split, style in (("train", "-"), ("validation", "o-")):
-        points = [(m["step"], m["loss"]) for m in metrics if m["split"] == split]
+        points = [(m["step"], m["loss"]) for m in metrics if m["split"] == split and m["loss"] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=split, linewidth=1, markersize=3)
     axes.legend()
@@ -121,6 +172,12 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_nulls(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(metrics: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
