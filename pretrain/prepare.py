@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerFast
 
 from spade_t5.checkpoint.manifest import file_entry, publish, unique_name, whole_file
 from spade_t5.data.bad_rows import MAX_LOGGED, BadRow, BadRowLimits
-from spade_t5.data.lines import printable
 from spade_t5.data.processes import worker_pool
 from spade_t5.errors import ConfigError, DataError
 from spade_t5.hf.tokenizer import load_tokenizer, model_vocab_size, sentinel_ids, tokenizer_hash
+from spade_t5.messages import printable
 from spade_t5.pretrain.corpora import CorpusConfig
 from spade_t5.pretrain.encoding import TextEncoder, Tokens
 from spade_t5.pretrain.progress import PrepareProgress, UnitCounters

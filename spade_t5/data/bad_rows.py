@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from spade_t5.data.lines import printable
 from spade_t5.errors import DataError
+from spade_t5.messages import printable
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from spade_t5.data.lines import (
     is_remote,
     open_binary,
     persistently,
-    printable,
     raw_lines,
 )
 from spade_t5.errors import DataError
+from spade_t5.messages import printable
 
 __all__ = [
     "SUFFIXES",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
 from spade_t5.errors import DataError
+from spade_t5.messages import printable
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,6 @@ N = TypeVar("N", bound=Numbered)
 def is_remote(path: Path | str) -> bool:
     """Whether a file is named by a URL."""
     return isinstance(path, str) and "://" in path
-
-
-def printable(text: Path | str) -> str:
-    """A text for messages, such as a path, on one line: line feeds, escape characters and their like are written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def raw_lines(path: Path | str, *, start_line: int = 0, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[RawLine]:
