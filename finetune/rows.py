@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from spade_t5.data import packing
 from spade_t5.data.packing import TruncationRule, render, render_inputs, render_labels, truncate
 from spade_t5.finetune.task import Example, Task
-from spade_t5.training.data import EMPTY_ROW, Batch, NumberedRows
+from spade_t5.training.data import ABSENT, EMPTY_ROW, Batch, NumberedRows
 
 logger = logging.getLogger(__name__)
 
@@ -146,14 +147,15 @@ class ExampleRows(NumberedRows):
         sources = [[self.examples.sources[i] for i in row] for row in rows]
         if self.num_outputs is not None:
             inputs = render_inputs(sources, length=_longest(sources), pad_token_id=self.pad_token_id)
-            return {**inputs, "labels": self._document_labels(rows)}
+            return {**inputs, "labels": self._document_labels(rows), "sample_numbers": _sample_numbers(rows)}
         targets = [[self.examples.targets[i] for i in row] for row in rows]
-        return render(
+        batch = render(
             [list(map(packing.Example, *sides)) for sides in zip(sources, targets, strict=True)],
             inputs_length=_longest(sources),
             targets_length=_longest(targets),
             pad_token_id=self.pad_token_id,
         )
+        return {**batch, "sample_numbers": _sample_numbers(rows)}
 
     def _row(self, number: int) -> Sequence[int]:
         if number == EMPTY_ROW:
@@ -188,6 +190,13 @@ def _encode(
     return [truncate(tokens, limit, rule, eos_token_id=eos) for tokens in ids], sum(
         len(tokens) > limit for tokens in ids
     )
+
+
+def _sample_numbers(rows: Sequence[Sequence[int]]) -> Tensor:
+    numbers = torch.full((len(rows), max(1, *map(len, rows))), ABSENT)
+    for i, row in enumerate(rows):
+        numbers[i, : len(row)] = torch.tensor(row)
+    return numbers
 
 
 def _longest(rows: Sequence[Sequence[Sequence[int]]]) -> int:

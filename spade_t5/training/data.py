@@ -21,13 +21,15 @@ from spade_t5.ops import check_segment_order
 Batch = dict[str, Tensor]
 """What the model takes, and two more entries that the objective takes out: `sample_numbers` and `loss_groups`, both (B, S) int64.
 
-Column s belongs to document s + 1 of the row; -1 is absent. Without `segment_ids` a row is one document.
+Column s belongs to document s + 1 of the row, `ABSENT` where there is none. Without `segment_ids` a row is one document.
 """
 
 Cursor = dict[str, Any]
 """JSON values that say where the next row comes from."""
 
 EMPTY_ROW = -1
+ABSENT = -1
+"""In `sample_numbers` and `loss_groups`: a row has no such document."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +130,11 @@ def evaluation_batches(source: RowSource, *, micro_batch_rows: int, rank: int, w
     assert source.num_rows is not None, "evaluation needs a finite source"
     shape = BatchShape(global_rows=source.num_rows, micro_rows=micro_batch_rows, rank=rank, world_size=world_size)
     return _batches(source, rank_rows(range(source.num_rows), shape), 0)
+
+
+def model_arguments(batch: Batch) -> Batch:
+    """The entries of a batch that the model takes."""
+    return {name: tensor for name, tensor in batch.items() if name not in ("sample_numbers", "loss_groups")}
 
 
 def checked(batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spade_t5.layers.head import TokenLossConfig
-from spade_t5.training.data import Batch
+from spade_t5.training.data import Batch, model_arguments
 
 IGNORED_LABEL = -100
 PLAIN_CROSS_ENTROPY = TokenLossConfig()
@@ -69,8 +69,7 @@ class Seq2SeqObjective:
         """Loss summed over the target tokens, from the decoder states, without logits."""
         # Not `model.training`: DeepSpeed's engine stays in training mode, only the module within it changes.
         token_loss = self._token_loss if torch.is_grad_enabled() else PLAIN_CROSS_ENTROPY
-        arguments = {name: tensor for name, tensor in batch.items() if name not in ("sample_numbers", "loss_groups")}
-        output = model(**arguments, token_loss=token_loss, use_cache=False)
+        output = model(**model_arguments(batch), token_loss=token_loss, use_cache=False)
         return LossSums(output.loss, self._sums_by_group(output.token_losses, batch))
 
     def _sums_by_group(self, losses_BT: Tensor, batch: Batch) -> Tensor:
@@ -119,7 +118,7 @@ class ClassificationObjective:
 
     def _summed_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]
-        logits = model(**batch).logits.float()
+        logits = model(**model_arguments(batch)).logits.float()
         if self.num_labels > 1:
             return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
         is_present = self._is_present(labels)

@@ -29,7 +29,7 @@ class SpikesConfig:
 class SpikeDetector:
     """Largest loss that is no spike, from the losses before it.
 
-    limit = mean + deviations * standard deviation of the last `window_steps` losses (arXiv:2501.00656 skips steps by the same rule)
+    limit = mean + deviations * standard deviation of the last `window_steps` losses (the rule of OLMo-core's SkipStepOptimizer)
 
     >>> detector = SpikeDetector(SpikesConfig(window_steps=4, deviations=2.0))
     >>> for loss in (3.0, 5.0, 3.0, 5.0):

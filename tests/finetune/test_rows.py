@@ -11,7 +11,7 @@ from spade_t5.finetune.rows import EncodedExamples, ExampleRows, RowsConfig, enc
 from spade_t5.finetune.sources import FolderSource
 from spade_t5.finetune.task import Example, Task
 from spade_t5.finetune.tasks.glue import Sst2
-from spade_t5.training.data import EMPTY_ROW
+from spade_t5.training.data import ABSENT, EMPTY_ROW
 
 X = -100
 
@@ -88,8 +88,9 @@ def test_worked_example_of_a_packed_batch() -> None:
 
 def test_worked_example_of_a_packed_batch_for_a_head() -> None:
     batch = ExampleRows(EXAMPLES, [(0, 1), (2,)], pad_token_id=0, num_outputs=2).collate([0, 1, EMPTY_ROW])
-    assert set(batch) == {"input_ids", "segment_ids", "labels"}
+    assert set(batch) == {"input_ids", "segment_ids", "labels", "sample_numbers"}
     assert batch["labels"].tolist() == [[0, 1], [0, X], [X, X]]
+    assert batch["sample_numbers"].tolist() == [[0, 1], [2, ABSENT], [ABSENT, ABSENT]]
 
 
 def test_absent_values_of_a_regression_are_nan() -> None:
