@@ -16,6 +16,10 @@ from typing import Any, BinaryIO
 from spade_t5.errors import DataError
 
 MANIFEST = "manifest.json"
+FILE_MODE, FOLDER_MODE = 0o644, 0o755
+"""At most these permissions, whatever the umask: nobody else may change what a run goes on from."""
+MAX_JSON_BYTES = 32 << 20
+"""Larger JSON files are not of our making and are not read into memory."""
 
 
 def file_sha256(path: Path) -> str:
@@ -28,6 +32,15 @@ def file_entry(path: Path) -> dict[str, Any]:
     """What a manifest says of a file; the file is synced to disk first."""
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def create(path: Path) -> BinaryIO:
+    """Opens a new file for unbuffered writing that only its owner may change.
+
+    Raises:
+        FileExistsError: there is something under that name, a link included.
+    """
+    return open(path, "xb", buffering=0, opener=lambda name, flags: os.open(name, flags, FILE_MODE))
 
 
 def sync(path: Path) -> None:
@@ -54,7 +67,7 @@ def whole_file(path: Path, *, scratch: Path | None = None) -> Iterator[BinaryIO]
     """
     partial = (scratch or path.parent) / unique_name(path.name)
     try:
-        with partial.open("xb") as file:
+        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, FILE_MODE)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -67,9 +80,17 @@ def whole_file(path: Path, *, scratch: Path | None = None) -> Iterator[BinaryIO]
 def write_manifest(folder: Path, entries: dict[str, dict[str, Any]], **facts: Any) -> None:
     """Writes `manifest.json` over the files named in `entries` (from `file_entry`), with further `facts`."""
     content = {**facts, "files": dict(sorted(entries.items()))}
-    path = folder / MANIFEST
-    path.write_text(json.dumps({**content, "sha256": content_hash(content)}, indent=1), encoding="utf-8")
-    sync(path)
+    write_small(folder / MANIFEST, json.dumps({**content, "sha256": content_hash(content)}, indent=1).encode())
+
+
+def write_small(path: Path, content: bytes) -> dict[str, Any]:
+    """Writes a new file that fits in memory to disk; returns its manifest entry, whose hash is that of the memory."""
+    with create(path) as file:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -87,19 +108,39 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         own_hash = content.pop("sha256")
         names = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DataError(
             f"{path}: missing or unreadable; the folder was not written completely, use another one"
         ) from None
     if own_hash != content_hash(content):
         raise DataError(f"{path}: its content does not match its own hash; the folder is damaged, use another one")
     for name in names:
-        if Path(name).name != name:
+        if not is_plain_name(name):
             raise DataError(f"{path}: names {name!r}, which is not a plain file name; refused")
     return content
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a plain file of reasonable size.
+
+    Raises:
+        OSError: it cannot be read, or is a link.
+        ValueError: it is no JSON, or larger than `MAX_JSON_BYTES`.
+        RecursionError: it is nested too deeply.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+    return json.loads(content)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name from a file means a file of the same folder: no path, no `..`, nothing unprintable."""
+    return Path(name).name == name and name != ".." and name.isprintable()
 
 
 def check_file(folder: Path, name: str, entry: dict[str, Any]) -> None:

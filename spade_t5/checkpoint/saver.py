@@ -1,0 +1,387 @@
+"""Writes checkpoints behind the training: one at a time, in a thread of each rank.
+
+A save goes through three stages, after each of which the ranks tell each other how it went over a group of their own:
+
+    the main rank makes a hidden folder; each rank writes its file, forces it to disk and reads it back; the main rank writes
+    `state.json` and the manifest, renames the folder, and deletes what retention does not keep.
+
+The name `step-00000100` thus appears only over a checkpoint that is whole, on disk, and reads as it was written.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch.distributed as dist
+
+from spade_t5.checkpoint.folder import STARTED, checkpoint_path, hidden_path
+from spade_t5.checkpoint.manifest import (
+    FOLDER_MODE,
+    create,
+    file_sha256,
+    publish,
+    sync,
+    write_manifest,
+    write_small,
+)
+from spade_t5.checkpoint.retention import HELD_OUT_LOSS, Retention
+from spade_t5.checkpoint.snapshot import Index, Snapshot, take_snapshot
+from spade_t5.checkpoint.state import FORMAT_VERSION, STATE_FILE
+from spade_t5.checkpoint.tensor_file import write_tensors
+from spade_t5.errors import RunAbortedError, SaveError
+from spade_t5.training import distributed
+from spade_t5.training.backend import Backend
+
+logger = logging.getLogger("spade_t5")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveReport:
+    """What a save took; times are those of the slowest rank."""
+
+    path: Path
+    """The checkpoint."""
+    step: int
+    """Number of finished steps."""
+    num_bytes: int
+    """Size of all files of tensors."""
+    blocked_seconds: float
+    """For which training waited."""
+    write_seconds: float
+    """From handing over the snapshot until the checkpoint was published."""
+    hash_seconds: float
+    """Part of it in which tensors were hashed and looked at."""
+    sync_seconds: float
+    """Part of it in which files were forced to disk."""
+    read_back_seconds: float
+    """Part of it in which files were read back and hashed."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run, one at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        retention: Retention,
+        *,
+        before_publishing: Callable[[], dict[str, Any]] | None = None,
+        timeout_seconds: float = 1800,
+    ) -> None:
+        """Makes the folder and the ranks' own group (a collective call).
+
+        Args:
+            folder: the run's `checkpoints` folder, visible to all ranks.
+            retention: which checkpoints are kept.
+            before_publishing: called on the main rank just before the manifest is written; returns facts for the manifest, or raises
+                to forbid the checkpoint.
+            timeout_seconds: how long ranks wait for each other while they write.
+
+        Raises:
+            SaveError: the folder cannot be made; on all ranks.
+        """
+        self._folder = folder
+        self._retention = retention
+        self._before_publishing = before_publishing
+        self._timeout_seconds = timeout_seconds
+        self._group = _new_group(timeout_seconds)
+        self._thread: threading.Thread | None = None
+        self._outcome: SaveReport | RunAbortedError | None = None
+        self._agree("checkpoints cannot be written", _only_main(self._make_folder))
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Hands a snapshot to the writer thread.
+
+        Raises:
+            RuntimeError: a save is in flight; `wait` for it first.
+        """
+        if self._thread is not None:
+            raise RuntimeError(f"a save is in flight, that of step {snapshot.step} cannot begin; wait() first")
+        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether this rank's writer has ended, well or not, and `wait` was not called since."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def wait(self) -> SaveReport | None:
+        """Waits until the save in flight has ended (a collective call); None if there is none.
+
+        Raises:
+            SaveError: a rank could not write; on all ranks. What was written is removed, and the saver may be used again.
+            RunAbortedError: publishing was forbidden; on all ranks.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, RunAbortedError):
+            raise outcome
+        assert outcome is not None, "the writer leaves a report or an error"
+        return outcome
+
+    def close(self) -> None:
+        """Lets a save in flight end, well or not, and leaves the group; for the end of a run and the way out of an exception."""
+        if self._thread is not None:
+            self._thread.join(self._timeout_seconds)
+            if isinstance(self._outcome, RunAbortedError):
+                logger.warning("%s", self._outcome)
+            self._thread, self._outcome = None, None
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+    def _run(self, snapshot: Snapshot) -> None:
+        try:
+            self._outcome = self._write(snapshot)
+        except RunAbortedError as error:
+            self._outcome = error
+        except Exception as error:
+            logger.exception("a fault of the program in the writer of checkpoints")
+            self._outcome = SaveError(f"the checkpoint of step {snapshot.step} was not written: {error!r}")
+
+    def _write(self, snapshot: Snapshot) -> SaveReport:
+        started = time.perf_counter()
+        final = checkpoint_path(self._folder, snapshot.step)
+        temporary = hidden_path(final, "tmp")
+        what = f"the checkpoint of step {snapshot.step} was not written"
+        make = _only_main(lambda: _make_empty(temporary))
+        try:
+            sizes = self._agree(what, lambda: (make(), snapshot.num_bytes)[1])
+            needed = sum(sizes)
+            parts = self._agree(what, lambda: _write_own_files(temporary, snapshot), needed)
+            self._agree(what, _only_main(lambda: self._publish(temporary, final, snapshot, parts)), needed)
+        except RunAbortedError:
+            if distributed.is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return SaveReport(
+            path=final,
+            step=snapshot.step,
+            num_bytes=needed,
+            blocked_seconds=max(part.blocked_seconds for part in parts),
+            write_seconds=time.perf_counter() - started,
+            hash_seconds=max(part.hash_seconds for part in parts),
+            sync_seconds=max(part.sync_seconds for part in parts),
+            read_back_seconds=max(part.read_back_seconds for part in parts),
+        )
+
+    def _publish(self, temporary: Path, final: Path, snapshot: Snapshot, parts: list["_Part"]) -> None:
+        """Writes `state.json` and the manifest and gives the folder its name."""
+        entries = {name: entry for part in parts for name, entry in part.entries.items()}
+        state = json.dumps(_state(snapshot, parts), allow_nan=False).encode()
+        entries[STATE_FILE] = write_small(temporary / STATE_FILE, state)
+        _read_back(temporary / STATE_FILE, entries[STATE_FILE])
+        loss = snapshot.facts.get(HELD_OUT_LOSS)
+        facts = {"kind": "checkpoint", "step": snapshot.step} | ({} if loss is None else {HELD_OUT_LOSS: loss})
+        if self._before_publishing is not None:
+            facts |= self._before_publishing()
+        (temporary / STARTED).unlink(missing_ok=True)
+        write_manifest(temporary, entries, **facts)
+        _put_in_place(temporary, final)
+        self._retention.apply(self._folder, final)
+
+    def _make_folder(self) -> None:
+        self._folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+
+    def _agree(self, what: str, action: Callable[[], T], needed_bytes: int | None = None) -> list[T]:
+        """Does this rank's part of a stage, and returns what all ranks' parts returned, or raises on all of them."""
+        value, problem = None, None
+        try:
+            value = action()
+        except RunAbortedError as error:
+            problem = _Problem(str(error), is_forbidden=True)
+        except Exception as error:
+            problem = _Problem(f"{what}: {self._reason(error, needed_bytes)}; earlier checkpoints are as they were")
+        try:
+            answers = _gather((value, problem), self._group)
+        except RuntimeError as error:
+            raise SaveError(f"{what}: {problem or 'a rank is gone'} ({error})") from None
+        for _, found in answers:
+            if found is not None:
+                raise RunAbortedError(found.message) if found.is_forbidden else SaveError(found.message)
+        return [value for value, _ in answers]  # type: ignore[misc]
+
+    def _reason(self, error: Exception, needed_bytes: int | None) -> str:
+        if not isinstance(error, OSError):
+            return str(error)
+        text = f"{error.filename or self._folder}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and needed_bytes is not None:
+            text += f", the checkpoint needs {needed_bytes:,} bytes, {_free_bytes(self._folder):,} are free; free space"
+        return text
+
+
+def save_checkpoint(folder: Path, backend: Backend, *, step: int, facts: dict[str, Any], keep: int) -> Path:
+    """Writes the checkpoint of `step` and waits for it (a collective call); removes the oldest ones beyond `keep`.
+
+    Args:
+        folder: the run's `checkpoints` folder, visible to all ranks.
+        backend: owner of the weights and of the optimizer.
+        step: number of finished steps.
+        facts: further JSON values for `state.json`.
+        keep: number of newest checkpoints that stay.
+
+    Returns:
+        the published folder.
+
+    Raises:
+        SaveError: a rank could not write; on all ranks.
+    """
+    saver = CheckpointSaver(folder, Retention(keep_last=keep))
+    try:
+        saver.save(take_snapshot(backend, step=step, facts=facts))
+        report = saver.wait()
+    finally:
+        saver.close()
+    assert report is not None
+    return report.path
+
+
+class _Problem(NamedTuple):
+    message: str
+    is_forbidden: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """What a rank wrote."""
+
+    entries: dict[str, dict[str, Any]]
+    index: Index
+    whole: dict[str, dict[str, str]]
+    scalars: dict[str, dict[str, float]]
+    blocked_seconds: float
+    hash_seconds: float
+    sync_seconds: float
+    read_back_seconds: float
+
+
+def _write_own_files(folder: Path, snapshot: Snapshot) -> _Part:
+    """Writes this rank's files and reads them back."""
+    entries = {}
+    hash_seconds = sync_seconds = 0.0
+    for name, tensors in snapshot.files.items():
+        written = write_tensors(folder / name, tensors)
+        entries[name] = written.entry
+        hash_seconds += written.hash_seconds
+        sync_seconds += written.sync_seconds
+    started = time.perf_counter()
+    for name, entry in entries.items():
+        _read_back(folder / name, entry)
+    return _Part(
+        entries=entries,
+        index=snapshot.index,
+        whole=snapshot.whole,
+        scalars=snapshot.scalars,
+        blocked_seconds=snapshot.seconds,
+        hash_seconds=hash_seconds,
+        sync_seconds=sync_seconds,
+        read_back_seconds=time.perf_counter() - started,
+    )
+
+
+def _read_back(path: Path, entry: dict[str, Any]) -> None:
+    """Compares what the disk holds with what was in memory."""
+    _forget_cached(path)
+    if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+        raise OSError(errno.EIO, "reads back different from what was written", str(path))
+
+
+def _forget_cached(path: Path) -> None:
+    """Asks the kernel to drop its copy of a file, so that the next read comes from the disk."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _state(snapshot: Snapshot, parts: list[_Part]) -> dict[str, Any]:
+    """Content of `state.json`, from what all ranks wrote."""
+    index: Index = {}
+    scalars: dict[str, dict[str, float]] = {}
+    for part in parts:
+        for key, names in part.index.items():
+            for name, pieces in names.items():
+                index.setdefault(key, {}).setdefault(name, []).extend(pieces)
+        for key, values in part.scalars.items():
+            scalars.setdefault(key, {}).update(values)
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": snapshot.step,
+        **snapshot.facts,
+        "shapes": snapshot.shapes,
+        "scalars": scalars,
+        "whole": parts[0].whole,
+        "index": index,
+    }
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(FOLDER_MODE)
+    create(folder / STARTED).close()
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Publishes a folder; one that has the name already keeps it if that fails, and at no time is neither on disk."""
+    replaced = hidden_path(final, "replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        os.rename(final, replaced)
+    try:
+        publish(temporary, final)
+    except BaseException:
+        if final.exists():
+            os.rename(final, temporary)  # it has its name, but perhaps not on disk
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    if replaced.exists():
+        sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _only_main(action: Callable[[], None]) -> Callable[[], None]:
+    """The action on the main rank, nothing on the others."""
+    return action if distributed.is_main() else lambda: None
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free space, counting what unfinished checkpoints take, which goes before the next one."""
+    unfinished = sum(path.stat().st_size for path in folder.glob(".step-*.tmp/*"))
+    return shutil.disk_usage(folder).free + unfinished
+
+
+def _new_group(timeout_seconds: float) -> dist.ProcessGroup | None:
+    """A gloo group of all ranks, so that writers do not mix their messages with those of the training."""
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+
+
+def _gather(item: T, group: dist.ProcessGroup | None) -> list[T]:
+    """`item` of every rank, in rank order."""
+    if group is None:
+        return [item]
+    items = [item] * distributed.world_size()
+    dist.all_gather_object(items, item, group=group)
+    return items
