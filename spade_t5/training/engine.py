@@ -2,14 +2,16 @@
 
 The loss of an optimizer step is the sum over all its targets (all micro-batches, all ranks) divided by their number. That number is known
 before the first backward pass, so padding, packing, accumulation and the number of ranks do not change what is learned.
+
+A step whose loss or gradient is not finite is skipped on all ranks: it counts, its samples are used up, and the weights stay.
 """
 
+import contextlib
 import logging
 import math
-import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,16 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from spade_t5 import ops
-from spade_t5.checkpoint import load_checkpoint, save_checkpoint
-from spade_t5.errors import ConfigError, StopRequestedError
-from spade_t5.training import distributed
+from spade_t5.checkpoint import (
+    CheckpointSaver,
+    Retention,
+    check_free_space,
+    list_checkpoints,
+    load_checkpoint,
+    take_snapshot,
+)
+from spade_t5.errors import ConfigError, RunAbortedError, SaveError, StopRequestedError
+from spade_t5.training import distributed, samples
+from spade_t5.training.averaging import WeightAverage
 from spade_t5.training.backend import Backend, SingleProcess
 from spade_t5.training.config import TrainingConfig
 from spade_t5.training.data import Batch, BatchShape, Cursor, RowSource, TrainingRows, evaluation_batches
 from spade_t5.training.deepspeed import DeepSpeedBackend, start_processes
 from spade_t5.training.host_memory import keep_freed_memory
 from spade_t5.training.objectives import LossSums, Objective, loss_by_axis
+from spade_t5.training.replicas import differing_ranks
 from spade_t5.training.reporting import Reporter, draw_loss_curve
+from spade_t5.training.skipping import SkippedSteps
+from spade_t5.training.spikes import SpikeDetector
+from spade_t5.training.stopping import StopRequests
+from spade_t5.training.watchdog import Phase, Watchdog
 
 logger = logging.getLogger("spade_t5")
 
@@ -42,6 +57,19 @@ class Evaluation(NamedTuple):
     """Of every label of every axis of the objective's groups; empty without groups."""
 
 
+class Agreed(NamedTuple):
+    """What all ranks know of a step before its first backward pass, because they added it up."""
+
+    targets: int
+    tokens: int
+    is_stopping: bool
+    """Some rank was asked to stop."""
+    has_written: bool
+    """The checkpoint in flight has ended on every rank."""
+    samples: str
+    """Digest of the numbers of all samples."""
+
+
 class Trainer:
     """Trains one model on numbered rows."""
 
@@ -55,6 +83,7 @@ class Trainer:
         config: TrainingConfig,
         run_dir: Path,
         facts: dict[str, Any],
+        before_publishing: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         """Wraps the model for training.
 
@@ -66,6 +95,8 @@ class Trainer:
             config: the run's settings.
             run_dir: an existing folder, the same for all ranks.
             facts: JSON values that every checkpoint carries, such as the resolved config.
+            before_publishing: called on the main rank before a checkpoint gets its name; raises to forbid it, and returns facts
+                for the manifest.
         """
         start(config)
         if config.gradient_checkpointing:
@@ -76,49 +107,74 @@ class Trainer:
         self.run_dir = run_dir
         self._train_rows, self._eval_rows = train_rows, eval_rows
         self._facts = facts
+        self._average = None if config.ema_decay is None else WeightAverage(self.backend.fragments(), config.ema_decay)
+        self._saver = CheckpointSaver(
+            run_dir / "checkpoints",
+            Retention(
+                keep_last=config.keep_checkpoints,
+                keep_every_steps=config.keep_every_steps,
+                keep_best=config.keep_best,
+            ),
+            before_publishing=before_publishing,
+            timeout_seconds=config.timeouts.save_seconds,
+        )
         self._step = 0
         self._tokens = 0
         self._cursor: Cursor | None = None
+        self._skipped = SkippedSteps(config.max_skipped_in_a_row)
+        self._spikes = None if config.spikes is None else SpikeDetector(config.spikes)
+        self._held_out_loss: float | None = None
+        self._rollbacks = 0
         self._device = distributed.device()
-        self._stop_signal: int | None = None
+        self._reporter: Reporter | None = None
+        self._watchdog: Watchdog | None = None
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path, *, is_verified: bool = False) -> None:
         """Continues from a checkpoint: weights, optimizer state, step, and place in the data.
+
+        Args:
+            checkpoint: its folder.
+            is_verified: its hashes were compared a moment ago.
 
         Raises:
             DataError: the checkpoint is damaged or does not fit the model.
         """
-        state = load_checkpoint(checkpoint, self.backend)
+        state = load_checkpoint(checkpoint, self.backend, average=self._average, is_verified=is_verified)
         self._step, self._tokens, self._cursor = state["step"], state["tokens"], state["cursor"]
+        self._skipped = SkippedSteps(self.config.max_skipped_in_a_row, state["skipped_steps"])
+        if self.config.spikes is not None:
+            self._spikes = SpikeDetector(self.config.spikes, state["losses"])
         logger.info("resumed from %s at step %d", checkpoint, self._step)
 
     def fit(self) -> None:
         """Trains to the last step; evaluates, saves and draws the loss curve on the way and at the end.
 
         Raises:
-            StopRequestedError: a signal asked to stop; a checkpoint was saved.
-            FloatingPointError: the loss or the gradient is not finite.
+            StopRequestedError: a signal or the clock asked to stop; a checkpoint was saved.
+            RunAbortedError: the run cannot go on: too many steps were skipped, or a checkpoint could not be written.
         """
-        if self._step >= self.config.steps:
+        config = self.config
+        if self._step >= config.steps:
             logger.info("nothing to do: the run finished at step %d", self._step)
             return
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
+        self._check_free_space()
+        with contextlib.ExitStack() as stack:
+            self._stops = stack.enter_context(StopRequests(config.max_wall_seconds))
             if distributed.is_main():
-                config = self.config
-                with Reporter(
-                    self.run_dir,
-                    first_step=self._step + 1,
-                    num_steps=config.steps,
-                    log_every_steps=config.log_every_steps,
-                ) as reporter:
-                    self._run(reporter)
-                draw_loss_curve(self.run_dir)
-            else:
-                self._run(None)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+                self._reporter = stack.enter_context(
+                    Reporter(
+                        self.run_dir,
+                        first_step=self._step + 1,
+                        num_steps=config.steps,
+                        log_every_steps=config.log_every_steps,
+                    )
+                )
+            self._watchdog = stack.enter_context(Watchdog(config.timeouts, self.run_dir / "logs"))
+            stack.callback(self._close_saver)
+            while self._step < config.steps:
+                self._run_until_rollback()
+        if distributed.is_main():
+            draw_loss_curve(self.run_dir)
 
     def evaluate(self) -> Evaluation:
         """Loss over all held-out rows."""
@@ -133,12 +189,14 @@ class Trainer:
         self.backend.model.eval()
         with torch.no_grad(), self.backend.forward_context():
             for batch in batches:
+                self._enter("evaluation")
                 own_targets += self.objective.num_targets(batch)
                 own_sums += _flat(self.objective.loss_sums(self.backend.model, self._to_device(batch)))
         targets, loss_sum, *group_sums = distributed.all_reduce_sum([own_targets, *own_sums.tolist()])
         return Evaluation(loss_sum / max(targets, 1), int(targets), self._loss_by(group_sums))
 
-    def _run(self, reporter: Reporter | None) -> None:
+    def _run_until_rollback(self) -> None:
+        """Trains to the last step, or until the weights went back to a checkpoint and the rows must be drawn anew."""
         config = self.config
         shape = BatchShape(
             global_rows=config.global_batch_rows,
@@ -147,88 +205,296 @@ class Trainer:
             world_size=distributed.world_size(),
             workers=config.loader_workers,
         )
+        is_first = True
         started = time.monotonic()
-        for micro_batches, cursor in self._train_rows.steps(self._cursor, config.steps - self._step, shape):
-            self._cursor = cursor
-            is_stopping = self._train_step(micro_batches, reporter, started)
+        steps = self._train_rows.steps(self._cursor, config.steps - self._step, shape)
+        self._enter("compile")
+        for micro_batches, self._cursor in steps:
+            if not is_first:
+                self._enter("step")
+            agreed = self._agree(micro_batches)
+            if self._train_step(micro_batches, agreed, started):
+                return
             is_last = self._step == config.steps
+            is_ending = is_last or agreed.is_stopping
+            is_saving = is_ending or _is_due(self._step, config.save_every_steps)
+            self._held_out_loss = None
             if self._eval_rows is not None and (is_last or _is_due(self._step, config.eval_every_steps)):
-                self._report_evaluation(reporter)
-            if is_last or is_stopping or _is_due(self._step, config.save_every_steps):
-                self._save()
-            if is_stopping and not is_last:
+                self._report_evaluation()
+            if agreed.has_written:
+                self._finish_saving()
+            if is_saving:
+                self._save(is_ending=is_ending)
+            if agreed.is_stopping and not is_last:
                 raise StopRequestedError(
                     f"stopped at step {self._step} on request; start the same command again to go on"
                 )
+            is_first = False
             started = time.monotonic()
+            self._enter("data")
 
-    def _train_step(self, micro_batches: list[Batch], reporter: Reporter | None, started: float) -> bool:
-        """One optimizer step; returns whether any rank was asked to stop."""
-        step = self._step + 1
-        own_targets = sum(self.objective.num_targets(batch) for batch in micro_batches)
-        own_tokens = sum(_num_input_tokens(batch) for batch in micro_batches)
-        targets, tokens, stops = distributed.all_reduce_sum(
-            [own_targets, own_tokens, float(self._stop_signal is not None)]
+    def _agree(self, micro_batches: list[Batch]) -> Agreed:
+        targets, tokens, stopping, written, *parts = distributed.all_reduce_sum(
+            [
+                sum(self.objective.num_targets(batch) for batch in micro_batches),
+                sum(_num_input_tokens(batch) for batch in micro_batches),
+                float(self._stops.is_stopping),
+                float(self._saver.is_finished),
+                *samples.digest_parts(samples.sample_numbers(micro_batches)),
+            ]
         )
-        # DeepSpeed averages gradients over ranks, hence the factor world size.
-        scale = distributed.world_size() / max(targets, 1)
-        own_sums = self._no_sums()
-        self.backend.model.train()
-        for micro, batch in enumerate(micro_batches):
-            seeds = np.random.SeedSequence([self.config.seed, step, micro, distributed.rank()])
-            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-            with self.backend.forward_context():
-                sums = self.objective.loss_sums(self.backend.model, self._to_device(batch))
-            self.backend.backward(sums.whole * scale)
-            own_sums += _flat(sums)
-        loss_sum, *group_sums = distributed.all_reduce_sum(own_sums.tolist())
-        mean_loss = loss_sum / max(targets, 1)
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(
-                f"the loss is {mean_loss} at step {step}; lower the learning rate or resume from an earlier checkpoint"
-            )
+        return Agreed(
+            targets=int(targets),
+            tokens=int(tokens),
+            is_stopping=stopping > 0,
+            has_written=written == distributed.world_size(),
+            samples=samples.digest(parts),
+        )
+
+    def _train_step(self, micro_batches: list[Batch], agreed: Agreed, started: float) -> bool:
+        """One optimizer step; returns whether it ended in a rollback."""
+        step = self._step + 1
+        sums, differing = self._forward_and_backward(micro_batches, agreed)
         factor = self.config.schedule.factor(step, self.config.steps)
         grad_norm = self.backend.step(factor)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient norm is {grad_norm} at step {step}; lower the learning rate or resume from an earlier checkpoint"
-            )
-        self._step, self._tokens = step, self._tokens + int(tokens)
-        if reporter is not None:
+        loss_sum, *group_sums = sums.tolist()
+        loss = loss_sum / max(agreed.targets, 1)
+        is_applied = math.isfinite(grad_norm)
+        self._step, self._tokens = step, self._tokens + agreed.tokens
+        if is_applied and self._average is not None:
+            self._average.update()
+        if self._reporter is not None:
             seconds = time.monotonic() - started
-            reporter.train_step(
+            self._reporter.train_step(
                 {
                     "step": step,
                     "split": "train",
-                    "loss": mean_loss,
+                    "loss": loss,
                     "lr": self.config.optimizer.learning_rate * factor,
                     "grad_norm": grad_norm,
-                    "targets": int(targets),
+                    "targets": agreed.targets,
                     "tokens": self._tokens,
-                    "tokens_per_second": tokens / seconds,
+                    "tokens_per_second": agreed.tokens / seconds,
                     "seconds": seconds,
+                    "samples": agreed.samples,
                     **_group_metrics(self._loss_by(group_sums)),
                 }
             )
-        return stops > 0
+        if is_applied:
+            if self._spikes is not None:
+                self._spikes.add(loss)
+            return False
+        return self._on_differing_copies(differing) if differing else self._on_skipped_step(micro_batches, loss)
 
-    def _report_evaluation(self, reporter: Reporter | None) -> None:
-        result = self.evaluate()
-        if reporter is not None:
-            metrics = {"step": self._step, "split": "validation", "loss": result.loss, "targets": result.targets}
-            reporter.evaluation({**metrics, **_group_metrics(result.loss_by)})
+    def _forward_and_backward(self, micro_batches: list[Batch], agreed: Agreed) -> tuple[Tensor, dict[str, list[int]]]:
+        """Adds up the gradients of a step.
 
-    def _save(self) -> None:
-        assert self._cursor is not None, "a step was made"
-        cursor = self._train_rows.merge_cursors(distributed.gather_objects(self._cursor))
-        path = save_checkpoint(
-            self.run_dir / "checkpoints",
-            self.backend,
-            step=self._step,
-            facts={"tokens": self._tokens, "cursor": cursor, **self._facts},
-            keep=self.config.keep_checkpoints,
+        Returns:
+            the sums of the losses over all ranks and micro-batches, and the ranks whose copies of weights differ, by parameter.
+        """
+        # DeepSpeed averages gradients over ranks, hence the factor world size.
+        scale = distributed.world_size() / max(agreed.targets, 1)
+        sums = self._no_sums()
+        self.backend.model.train()
+        for micro, batch in enumerate(micro_batches):
+            self._seed(micro)
+            with self.backend.forward_context():
+                loss_sums = self.objective.loss_sums(self.backend.model, self._to_device(batch))
+            sums += _flat(loss_sums)
+            if micro < len(micro_batches) - 1:
+                self.backend.backward(loss_sums.whole * scale)
+        # Copies are compared before the update, which at ZeRO 1-3 replaces them all.
+        differing = differing_ranks(self.backend) if self._is_comparison_due else {}
+        # A loss that no rank may learn from turns the last gradient into NaN on all of them. Then one test, that of the gradient's norm,
+        # covers losses and gradients at every ZeRO stage, and nothing has to be read back from a GPU before the backward pass.
+        distributed.sum_over_ranks(sums)
+        mean_loss = sums[0] / max(agreed.targets, 1)
+        is_good = torch.isfinite(mean_loss) & (mean_loss <= self._largest_loss) & (not differing)
+        self.backend.backward(loss_sums.whole * torch.where(is_good, scale, torch.nan).to(loss_sums.whole.dtype))
+        return sums, differing
+
+    @property
+    def _largest_loss(self) -> float:
+        return math.inf if self._spikes is None else self._spikes.limit
+
+    def _on_skipped_step(self, micro_batches: list[Batch], loss: float) -> bool:
+        """Traces a step that was not applied to its samples, and rolls back if that is the policy; returns whether it did."""
+        is_spike = math.isfinite(loss) and loss > self._largest_loss
+        if is_spike:
+            reason = f"the loss {loss:.4f} is a spike, above {self._largest_loss:.4f}"
+            found = []
+        else:
+            reason = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+            found = self._rows_without_finite_loss(micro_batches)
+        parts = distributed.gather_objects((found, samples.sample_numbers(micro_batches)))
+        culprits = {rank: numbers for rank, (numbers, _) in enumerate(parts) if numbers}
+        self._record(
+            "spike" if is_spike else "skipped_step",
+            reason=reason,
+            ranks=list(culprits),
+            sample_numbers=sorted(number for numbers in culprits.values() for number in numbers),
+            step_sample_numbers=sorted(number for _, numbers in parts for number in numbers),
         )
-        logger.info("saved %s", path)
+        logger.warning(
+            "step %d: skipped, %s; samples %s",
+            self._step,
+            reason,
+            culprits or "unknown: no row alone gives it, see events.jsonl for all of the step",
+        )
+        self._skipped.add(self._step, reason)
+        if is_spike and self.config.spikes is not None and self.config.spikes.action == "rollback":
+            return self._roll_back(reason, skips_data=True)
+        return False
+
+    def _rows_without_finite_loss(self, micro_batches: list[Batch]) -> list[int]:
+        """Samples of this rank's rows whose loss is not finite by itself; every rank runs as many rows, as ZeRO 3 must."""
+        found: list[int] = []
+        self.backend.model.eval()
+        with torch.no_grad(), self.backend.forward_context():
+            for batch in micro_batches:
+                for row in range(len(next(iter(batch.values())))):
+                    alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+                    self._enter("step")
+                    sums = self.objective.loss_sums(self.backend.model, self._to_device(alone))
+                    if not math.isfinite(float(sums.whole)):
+                        found += samples.sample_numbers([alone])
+        return found
+
+    @property
+    def _is_comparison_due(self) -> bool:
+        every, step = self.config.replica_check_every_steps, self._step + 1
+        return every is not None and (_is_due(step, every) or _is_due(step, self.config.save_every_steps))
+
+    def _on_differing_copies(self, differing: dict[str, list[int]]) -> bool:
+        """Goes back to weights that all ranks agreed on."""
+        ranks = sorted({rank for found in differing.values() for rank in found})
+        self._record("replicas_differ", ranks=ranks, parameters=list(differing))
+        return self._roll_back(
+            f"the weights of rank {' and '.join(map(str, ranks))} differ from those of the others (such as {next(iter(differing))}): "
+            "faulty memory, or a fault of the program",
+            skips_data=False,
+        )
+
+    def _roll_back(self, reason: str, *, skips_data: bool) -> bool:
+        """Returns to the newest checkpoint, and with `skips_data` goes on behind the data of this step; whether there was one.
+
+        Raises:
+            RunAbortedError: going back did not help several times in a row, or there is nothing to go back to and it must be done.
+        """
+        self._finish_saving()
+        self._rollbacks += 1
+        if self._rollbacks > self.config.max_skipped_in_a_row:
+            raise RunAbortedError(
+                f"step {self._step}: {reason}; went back {self._rollbacks - 1} times since the last checkpoint, and it came again"
+            )
+        checkpoints = list_checkpoints(self.run_dir / "checkpoints")
+        if not checkpoints:
+            if skips_data:
+                return False
+            raise RunAbortedError(f"step {self._step}: {reason}; there is no checkpoint to go back to, start again")
+        at, cursor, skipped = self._step, self._cursor, self._skipped
+        self.resume(checkpoints[-1])
+        if skips_data:
+            assert cursor is not None
+            self._cursor = self._merged(cursor)
+            self._skipped = skipped
+        self._record("rollback", reason=reason, to_step=self._step, from_step=at, skips_data=skips_data)
+        logger.warning(
+            "step %d: %s; back to step %d%s",
+            at,
+            reason,
+            self._step,
+            f", without the data of steps {self._step + 1} to {at}" if skips_data else "",
+        )
+        if self._reporter is not None:
+            self._reporter.resumed(self._step)
+        return True
+
+    def _report_evaluation(self) -> None:
+        result = self.evaluate()
+        self._held_out_loss = result.loss
+        if self._reporter is not None:
+            metrics = {"step": self._step, "split": "validation", "loss": result.loss, "targets": result.targets}
+            self._reporter.evaluation({**metrics, **_group_metrics(result.loss_by)})
+
+    def _save(self, *, is_ending: bool) -> None:
+        """Starts to write a checkpoint behind training; at the end of a run, waits for it."""
+        self._finish_saving()
+        assert self._cursor is not None, "a step was made"
+        facts = {
+            "tokens": self._tokens,
+            "cursor": self._merged(self._cursor),
+            "skipped_steps": self._skipped.steps,
+            "losses": [] if self._spikes is None else self._spikes.losses,
+            **({} if self._held_out_loss is None else {"held_out_loss": self._held_out_loss}),
+            **self._facts,
+        }
+        self._enter("save")
+        self._saver.save(take_snapshot(self.backend, step=self._step, facts=facts, average=self._average))
+        if is_ending:
+            self._finish_saving(is_ending=True)
+
+    def _finish_saving(self, *, is_ending: bool = False) -> None:
+        """Waits for the checkpoint in flight, if there is one.
+
+        Raises:
+            SaveError: it could not be written, and the run shall stop then or is at its end anyway.
+        """
+        self._enter("save")
+        try:
+            report = self._saver.wait()
+        except SaveError as error:
+            if is_ending or self.config.on_save_error == "stop":
+                raise
+            self._record("save_failed", reason=str(error))
+            logger.warning("step %d: %s; going on, the next checkpoint is tried when it is due", self._step, error)
+            return
+        if report is not None:
+            self._rollbacks = 0
+            self._record("checkpoint", **report.as_json())
+
+    def _close_saver(self) -> None:
+        self._enter("save")
+        self._saver.close()
+
+    def _check_free_space(self) -> None:
+        """Refuses to start where two checkpoints do not fit.
+
+        Raises:
+            ConfigError: on all ranks, the main rank's finding.
+        """
+        problem = None
+        if distributed.is_main():
+            try:
+                check_free_space(self.run_dir / "checkpoints", self._checkpoint_bytes())
+            except ConfigError as error:
+                problem = error
+        for found in distributed.gather_objects(problem):
+            if found is not None:
+                raise found
+
+    def _checkpoint_bytes(self) -> int:
+        """About how large a checkpoint will be."""
+        numels = {True: 0, False: 0}
+        for parameter in self.backend.module.parameters():
+            numels[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+        copies = 1 + self.config.optimizer.num_moments + (self._average is not None)
+        return 4 * (copies * numels[True] + numels[False])
+
+    def _merged(self, cursor: Cursor) -> Cursor:
+        return self._train_rows.merge_cursors(distributed.gather_objects(cursor))
+
+    def _seed(self, micro: int) -> None:
+        seeds = np.random.SeedSequence([self.config.seed, self._step + 1, micro, distributed.rank()])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+
+    def _enter(self, phase: Phase) -> None:
+        if self._watchdog is not None:
+            self._watchdog.enter(phase, self._step)
+
+    def _record(self, event: str, **values: Any) -> None:
+        if self._reporter is not None:
+            self._reporter.event({"event": event, "step": self._step, **values})
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(1 + 2 * len(self.objective.groups), dtype=torch.float64, device=self._device)
@@ -239,9 +505,6 @@ class Trainer:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop_signal = number
 
 
 def start(config: TrainingConfig) -> None:
@@ -256,7 +519,7 @@ def start(config: TrainingConfig) -> None:
     if distributed.device().type == "cpu":
         keep_freed_memory()
     if config.deepspeed is not None:
-        start_processes()
+        start_processes(config.timeouts.longest_seconds + distributed.TIMEOUT_MARGIN_SECONDS)
     elif distributed.launched_world_size() > 1:
         raise ConfigError(
             f"training.deepspeed: null, but {distributed.launched_world_size()} processes were launched; set training.deepspeed.zero_stage=1"

@@ -160,7 +160,7 @@ def test_metrics(make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCa
     ]  # fmt: skip
     train, validation = metrics[0], metrics[3]
     assert set(train) == {
-        "step", "split", "loss", "lr", "grad_norm", "targets", "tokens", "tokens_per_second", "seconds",
+        "step", "split", "loss", "lr", "grad_norm", "targets", "tokens", "tokens_per_second", "seconds", "samples",
     }  # fmt: skip
     assert set(validation) == {"step", "split", "loss", "targets"}
     assert train["tokens"] == 6 * 12
@@ -212,18 +212,6 @@ def test_gradient_checkpointing_changes_nothing(make_trainer: MakeTrainer, tmp_p
     for key in ("loss", "grad_norm"):
         plain, recomputed = (train_metrics(tmp_path / name, key) for name in ("False", "True"))
         assert recomputed == pytest.approx(plain, rel=1e-6)
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "run")
-    head = trainer.backend.module.get_input_embeddings().weight
-    with torch.no_grad():
-        head[3] = torch.nan
-    others = {name: p.clone() for name, p in trainer.backend.module.named_parameters() if p is not head}
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1; lower the learning rate"):
-        trainer.fit()
-    assert all(torch.equal(p, others[name]) for name, p in trainer.backend.module.named_parameters() if name in others)
-    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
 def test_learning_rates_follow_schedule_and_group(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def test_the_digest_does_not_depend_on_how_ranks_share_the_samples() -> None:
 
 def test_one_other_sample_changes_the_digest() -> None:
     numbers = list(range(100))
-    digests = {digest(digest_parts(numbers[:i] + [1000 + i] + numbers[i + 1 :])) for i in range(100)}
+    digests = {digest(digest_parts([*numbers[:i], 1000 + i, *numbers[i + 1 :]])) for i in range(100)}
     digests |= {digest(digest_parts(numbers)), digest(digest_parts(numbers[1:])), digest(digest_parts([]))}
     assert len(digests) == 103
     assert digest(digest_parts([])) == "0" * 32
