@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from spade_t5.checkpoint import load_weights_into
 from spade_t5.classification import SpadeT5ForSequenceClassification
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.finetune.task import Task
-from spade_t5.hf.loading import build_model, find_checkpoint, load_tokenizer_of, resolve_model_config
+from spade_t5.hf.folders import MODEL_FILES, local_folder
+from spade_t5.hf.loading import build_model, find_checkpoint, load_exported, load_tokenizer_of, resolve_model_config
 from spade_t5.hf.tokenizer import check_vocabulary, load_tokenizer, model_vocab_size
 from spade_t5.modeling import SpadeT5ForConditionalGeneration, SpadeT5PreTrainedModel
 
@@ -43,8 +43,7 @@ def initial_model(config: FinetuneConfig, task: Task, tokenizer: PreTrainedToken
         if checkpoint is not None:
             load_weights_into(model, checkpoint)
         return model
-    torch.manual_seed(config.training.seed)  # of the fresh head
-    return cls.from_pretrained(init_from, config=model_config, dtype=torch.float32)
+    return load_exported(local_folder(init_from, files=MODEL_FILES), cls, model_config, seed=config.training.seed)
 
 
 def head_fields(task: Task, dropout_rate: float) -> dict[str, Any]:

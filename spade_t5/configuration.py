@@ -6,7 +6,7 @@ the head, the special ids and Hugging Face's own fields, gives every field a def
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from spade_t5.config import from_mapping
 from spade_t5.errors import ConfigError
 from spade_t5.layers.config import LayersConfig
+from spade_t5.messages import one_line, shown
 from spade_t5.presets import read_preset
 
 
@@ -94,6 +95,15 @@ class SpadeT5Config(PreTrainedConfig):
             setattr(self, field.name, list(value) if isinstance(value, tuple) else value)
         if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
             raise ConfigError(f"vocab_size: {self.vocab_size!r} is not a positive whole number")
+        for name in ("tie_word_embeddings", "scale_decoder_outputs", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: {shown(getattr(self, name))} is not true or false")
+        for name in ("pad_token_id", "decoder_start_token_id"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and 0 <= value < self.vocab_size):
+                raise ConfigError(
+                    f"{name}: {shown(value)} is not the number of a token, below vocab_size {self.vocab_size}"
+                )
         if not isinstance(self.classifier_dropout, (int, float)) or not 0.0 <= self.classifier_dropout < 1.0:
             raise ConfigError(f"classifier_dropout: {self.classifier_dropout!r} is not a probability below 1")
 
@@ -139,10 +149,24 @@ class SpadeT5Config(PreTrainedConfig):
         """
         values = {**read_preset(name), **overrides}
         check_field_names(cls, values)
-        return cls(**values)
+        return _made(lambda: cls(**values))
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> "SpadeT5Config":
+        """The configuration that `to_dict` wrote, from a file that may come from anybody: it has known fields alone.
+
+        Raises:
+            ConfigError: a field is unknown, or a value is wrong.
+        """
+        check_field_names(cls, values, also=SAVED_NAMES)
+        return _made(lambda: cls.from_dict(dict(values)))
 
 
-def check_field_names(cls: type[PreTrainedConfig], values: Mapping[str, Any]) -> None:
+SAVED_NAMES = ("model_type", "_name_or_path", "output_attentions", "torch_dtype")
+"""Names that Hugging Face writes besides the fields."""
+
+
+def check_field_names(cls: type[PreTrainedConfig], values: Mapping[str, Any], *, also: tuple[str, ...] = ()) -> None:
     """Refuses names that are no field of the configuration class, which Hugging Face would silently keep.
 
     Raises:
@@ -150,7 +174,19 @@ def check_field_names(cls: type[PreTrainedConfig], values: Mapping[str, Any]) ->
     """
     known = [field.name for field in dataclasses.fields(cls)] + ["num_labels"]
     for key in values:
-        if key not in known:
+        if key not in known and key not in also:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else "see SpadeT5Config for the known fields"
             raise ConfigError(f"{key}: unknown model field; {hint}")
+
+
+def _made(make: Callable[[], SpadeT5Config]) -> SpadeT5Config:
+    """What `make` makes; Hugging Face's fields fail in whatever way a wrong value takes them.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    try:
+        return make()
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ConfigError(f"model: {one_line(str(error), max_bytes=300)}") from None

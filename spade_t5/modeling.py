@@ -7,6 +7,7 @@ Packed rows: `segment_ids` (B, L) and `decoder_segment_ids` (B, T) say which doc
 0 = padding. A packed row gives every document the states, logits and gradients it has alone.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ TIED_WEIGHTS = {"lm_head.weight": "encoder.embed_tokens.weight"}
 """Alias and source of the head's weights where `tie_word_embeddings` is set."""
 
 # one checkpoint serves every class; the parts that a class lacks are no surprise
-DECODER_KEYS, HEAD_KEYS, CLASSIFIER_KEYS = r"^decoder\.", r"^lm_head\.", r"^classification_head\."
+CLASSIFIER_PREFIX = "classification_head."
+DECODER_KEYS, HEAD_KEYS, CLASSIFIER_KEYS = r"^decoder\.", r"^lm_head\.", rf"^{re.escape(CLASSIFIER_PREFIX)}"
 WITHOUT_DECODER = [DECODER_KEYS, HEAD_KEYS, CLASSIFIER_KEYS]
 WITHOUT_HEAD = [HEAD_KEYS, CLASSIFIER_KEYS]
 WITHOUT_CLASSIFIER = [CLASSIFIER_KEYS]

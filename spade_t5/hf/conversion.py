@@ -11,14 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, LongT5Config, LongT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import LongT5Config, LongT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from spade_t5.configuration import SpadeT5Config
-from spade_t5.errors import ConfigError
+from spade_t5.errors import ConfigError, DataError
+from spade_t5.hf.folders import CONFIG, MODEL_FILES, FolderWeights, local_folder, read_by_library, read_settings
+from spade_t5.hf.loading import load_exported, read_config
+from spade_t5.messages import shown
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
 
 HFConfig = T5Config | LongT5Config
 HFModel = T5ForConditionalGeneration | LongT5ForConditionalGeneration
+Weights = Mapping[str, Tensor] | FolderWeights
+
+EMBEDDINGS = "shared.weight"
+"""Hugging Face's name of the embedding table of both stacks."""
 
 SAME_NAMED_FIELDS = (
     "vocab_size",
@@ -38,6 +45,15 @@ SAME_NAMED_FIELDS = (
     "eos_token_id",
 )
 """Configuration fields that mean the same on both sides."""
+
+HF_FIELDS = (
+    *SAME_NAMED_FIELDS,
+    "tie_word_embeddings",
+    "decoder_start_token_id",
+    "local_radius",
+    "encoder_attention_type",
+)
+"""Fields that are read of a T5's or LongT5's configuration; what else a file holds is left alone."""
 
 T5_ONLY_TRAITS: dict[str, Any] = {
     "global_layers": [],
@@ -132,7 +148,7 @@ def config_to_hf(config: SpadeT5Config) -> HFConfig:
     return LongT5Config(local_radius=config.local_radius, encoder_attention_type="local", **fields)
 
 
-def state_dict_from_hf(hf_state_dict: Mapping[str, Tensor], config: SpadeT5Config) -> dict[str, Tensor]:
+def state_dict_from_hf(hf_state_dict: "Weights", config: SpadeT5Config) -> dict[str, Tensor]:
     """Our parameters from a T5's or LongT5's; a tied head is left out."""
     table = key_table(config)
     if config.tie_word_embeddings:
@@ -155,16 +171,22 @@ def model_from_hf(hf_model: HFModel) -> SpadeT5ForConditionalGeneration:
     Raises:
         ConfigError: it has a part that we do not.
     """
-    is_tied = hf_model.lm_head.weight is hf_model.shared.weight or torch.equal(
-        hf_model.lm_head.weight, hf_model.shared.weight
-    )
-    model = SpadeT5ForConditionalGeneration(config_from_hf(hf_model.config, tie_word_embeddings=is_tied))
-    model.to(hf_model.dtype)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
-    state_dict = state_dict_from_hf(hf_model.state_dict(), model.config)
+    return _model_from_hf(hf_model.config, hf_model.state_dict()).train(hf_model.training)
+
+
+def _model_from_hf(hf_config: HFConfig, weights: Weights) -> SpadeT5ForConditionalGeneration:
+    embeddings = weights[EMBEDDINGS]
+    is_tied = "lm_head.weight" not in weights or torch.equal(weights["lm_head.weight"], embeddings)
+    model = SpadeT5ForConditionalGeneration(config_from_hf(hf_config, tie_word_embeddings=is_tied))
+    model.to(embeddings.dtype)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
+    state_dict = state_dict_from_hf(weights, model.config)
     if is_tied:
         state_dict["lm_head.weight"] = state_dict["encoder.embed_tokens.weight"]
+    for name, tensor in model.state_dict().items():
+        if name in state_dict and state_dict[name].shape != tensor.shape:
+            raise DataError(f"{name}: shape {tuple(state_dict[name].shape)}, by its config.json {tuple(tensor.shape)}")
     model.load_state_dict(state_dict)
-    return model.train(hf_model.training)
+    return model
 
 
 def model_to_hf(model: SpadeT5ForConditionalGeneration) -> HFModel:
@@ -190,19 +212,45 @@ def convert_checkpoint(source: str | Path, out_dir: Path) -> None:
     """Converts a saved model to the other side: T5 or LongT5 to SPADE-T5, SPADE-T5 to T5 or LongT5.
 
     Args:
-        source: folder or hub name of the model.
+        source: folder or hub name of the model, with `@` and a revision behind it if wanted.
         out_dir: folder to write the converted model to.
 
     Raises:
         ConfigError: the model is of another family, or cannot be expressed on the other side.
+        DataError: its files are damaged, incomplete or no safetensors, or ask for code.
     """
-    hf_classes: dict[str, type[HFModel]] = {"t5": T5ForConditionalGeneration, "longt5": LongT5ForConditionalGeneration}
-    model_type = AutoConfig.from_pretrained(source).model_type
+    folder = local_folder(source, files=MODEL_FILES)
+    values = read_settings(folder, CONFIG)
+    model_type = values.get("model_type")
     if model_type == SpadeT5Config.model_type:
-        model_to_hf(SpadeT5ForConditionalGeneration.from_pretrained(source)).save_pretrained(out_dir)
-    elif model_type in hf_classes:
-        model_from_hf(hf_classes[model_type].from_pretrained(source)).save_pretrained(out_dir)
+        dtype = FolderWeights(folder)["encoder.embed_tokens.weight"].dtype
+        model = load_exported(folder, SpadeT5ForConditionalGeneration, read_config(folder), seed=0)
+        model.to(dtype)  # type: ignore[arg-type]  # as above
+        model_to_hf(model).save_pretrained(out_dir)
+    elif model_type in ("t5", "longt5"):
+        _converted(folder, values).save_pretrained(out_dir)
     else:
         raise ConfigError(
-            f"{source}: a model of type {model_type!r} cannot be converted, only t5, longt5 and spade_t5 can"
+            f"{source}: a model of type {shown(model_type)} cannot be converted, only t5, longt5 and spade_t5 can"
         )
+
+
+def _converted(folder: Path, values: Mapping[str, Any]) -> SpadeT5ForConditionalGeneration:
+    """A T5 or LongT5 in a folder as a SPADE-T5.
+
+    Raises:
+        ConfigError: it has a part that we do not.
+        DataError: its files are damaged, or lack weights.
+    """
+    cls: type[HFConfig] = T5Config if values["model_type"] == "t5" else LongT5Config
+    known = {name: values[name] for name in HF_FIELDS if name in values}
+    with read_by_library(folder / CONFIG, "model"):
+        hf_config = cls(**known)
+    weights = FolderWeights(folder)
+    if EMBEDDINGS not in weights:
+        raise DataError(
+            f"{folder}: lacks {EMBEDDINGS}; some transformers wrote only copies of the embedding table, and which of them is right "
+            "the file does not tell: load it with the version that wrote it, and save it again by another"
+        )
+    with read_by_library(folder, "model"):
+        return _model_from_hf(hf_config, weights)

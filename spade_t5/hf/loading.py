@@ -1,16 +1,27 @@
 """One way to name a model: an exported folder, a run folder, a checkpoint of a run, or a name on the hub."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from spade_t5.checkpoint import latest_checkpoint, load_weights_into, read_state
 from spade_t5.configuration import SpadeT5Config
 from spade_t5.errors import ConfigError, DataError
+from spade_t5.hf.folders import (
+    CONFIG,
+    GENERATION_CONFIG,
+    MODEL_FILES,
+    load_folder_weights,
+    local_folder,
+    read_by_library,
+    read_settings,
+)
 from spade_t5.hf.tokenizer import load_tokenizer
-from spade_t5.modeling import SpadeT5PreTrainedModel
+from spade_t5.messages import shown
+from spade_t5.modeling import CLASSIFIER_PREFIX, SpadeT5PreTrainedModel
 
 Model = TypeVar("Model", bound=SpadeT5PreTrainedModel)
 
@@ -62,9 +73,25 @@ def load_config(path: str | Path) -> SpadeT5Config:
     """Configuration of the model that `path` names."""
     checkpoint = find_checkpoint(Path(path))
     if checkpoint is not None:
-        return SpadeT5Config.from_dict(read_state(checkpoint)["model_config"])
-    _check_model_folder(path)
-    return SpadeT5Config.from_pretrained(path)
+        return _saved_config(read_state(checkpoint)["model_config"], checkpoint)
+    return read_config(_model_folder(path, (CONFIG,)))
+
+
+def read_config(folder: Path) -> SpadeT5Config:
+    """Configuration of an exported model, which has known fields alone.
+
+    Raises:
+        ConfigError: it is that of another kind of model, or has an unknown field or a wrong value.
+        DataError: it cannot be read, or asks for code.
+    """
+    values = read_settings(folder, CONFIG)
+    model_type = values.get("model_type")
+    if model_type != SpadeT5Config.model_type:
+        raise ConfigError(
+            f"{folder / CONFIG}: model_type {shown(model_type)}, expected {SpadeT5Config.model_type!r}; "
+            "for a T5 or LongT5 run spade-t5 convert first"
+        )
+    return _saved_config(values, folder / CONFIG)
 
 
 def load_model(
@@ -78,7 +105,7 @@ def load_model(
     """The model that `path` names, as the class `cls`, in evaluation mode; a classifier made of a pretrained model gets a fresh head.
 
     Args:
-        path: exported folder, run folder, checkpoint folder, or name on the hub.
+        path: exported folder, run folder, checkpoint folder, or name on the hub (`NAME@REVISION` for one commit of it).
         cls: any SPADE-T5 model class.
         step: which checkpoint of a run folder; the newest by default.
         num_labels: outputs of a classification head; None: as saved.
@@ -86,19 +113,44 @@ def load_model(
 
     Raises:
         ConfigError: nothing loadable is there.
-        DataError: a checkpoint is damaged.
+        DataError: what is there is damaged, or asks for code.
     """
     labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     checkpoint = find_checkpoint(Path(path), step)
     if checkpoint is None:
-        _check_model_folder(path)
-        model = cls.from_pretrained(path, dtype=torch.float32, **labels)
+        folder = _model_folder(path, MODEL_FILES)
+        config = read_config(folder)
+        for name, value in labels.items():
+            setattr(config, name, value)
+        model = load_exported(folder, cls, config, seed=0)
     else:
-        config = SpadeT5Config.from_dict({**read_state(checkpoint)["model_config"], **labels})
+        config = _saved_config({**read_state(checkpoint)["model_config"], **labels}, checkpoint)
         model = build_model(cls, config, seed=0)
         load_weights_into(model, checkpoint)
     torch.nn.Module.to(model, device)
     return model.eval()
+
+
+def load_exported(folder: Path, cls: type[Model], config: SpadeT5Config, *, seed: int) -> Model:
+    """The model in an exported folder, in fp32; a head of a classifier that the folder lacks is a fresh one.
+
+    Args:
+        folder: the folder.
+        cls: any SPADE-T5 model class.
+        config: its configuration, perhaps with another dropout or head than was saved.
+        seed: of the fresh head.
+
+    Raises:
+        DataError: a file is damaged or missing, or the weights are not the model's.
+    """
+    model = build_model(cls, config, seed=seed)
+    may_hold = cls._keys_to_ignore_on_load_unexpected or ()
+    load_folder_weights(model, folder, may_lack=(CLASSIFIER_PREFIX,), may_hold=may_hold)
+    if model.can_generate() and (folder / GENERATION_CONFIG).exists():
+        values = read_settings(folder, GENERATION_CONFIG)
+        with read_by_library(folder / GENERATION_CONFIG, "model"):
+            model.generation_config = GenerationConfig.from_dict(values)
+    return model
 
 
 def load_tokenizer_of(path: str | Path) -> PreTrainedTokenizerFast:
@@ -107,9 +159,22 @@ def load_tokenizer_of(path: str | Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(path if checkpoint is None else checkpoint.parent.parent / "tokenizer")
 
 
-def _check_model_folder(path: str | Path) -> None:
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{path}: neither a run folder (checkpoints/) nor an exported model (config.json)")
-    if not folder.exists() and (folder.is_absolute() or str(path).count("/") != 1):
+def _model_folder(path: str | Path, files: Sequence[str]) -> Path:
+    """The folder of an exported model; `files` of it are fetched if it lies on the hub.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not Path(path).exists() and str(path).count("/") != 1:
         raise ConfigError(f"{path}: no such folder; give a run folder, an exported model, or a name on the hub")
+    folder = local_folder(path, files=files)
+    if not (folder / CONFIG).exists():
+        raise ConfigError(f"{path}: neither a run folder (checkpoints/) nor an exported model (config.json)")
+    return folder
+
+
+def _saved_config(values: Mapping[str, Any], origin: Path) -> SpadeT5Config:
+    try:
+        return SpadeT5Config.from_saved(values)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None

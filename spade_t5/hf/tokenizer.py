@@ -16,13 +16,15 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from spade_t5.errors import ConfigError
+from spade_t5.hf.folders import TOKENIZER_FILES, local_folder, plain_file, read_by_library, read_settings
 
 T5_SENTINELS = 100
 VOCABULARY_MULTIPLE = 128
 
+_MAX_MODEL_BYTES = 2**26
 _META = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
@@ -38,31 +40,27 @@ def load_tokenizer(path_or_name: str | Path, *, num_sentinels: int | None = None
         ConfigError: there is no tokenizer there, or not one that T5 objectives can use.
     """
     path = Path(path_or_name)
-    if path.suffix == ".model":
-        if not path.is_file():
-            raise ConfigError(
-                f"tokenizer: {path} does not exist; give a SentencePiece .model file or a tokenizer folder"
-            )
-        return from_sentencepiece(
-            path.read_bytes(), num_sentinels=T5_SENTINELS if num_sentinels is None else num_sentinels
+    if not path.exists() and path.suffix != ".model" and not str(path_or_name).startswith((".", "/", "~")):
+        path = local_folder(path_or_name, files=TOKENIZER_FILES)
+    if path.suffix == ".model" and not path.is_file():
+        raise ConfigError(f"tokenizer: {path} does not exist; give a SentencePiece .model file or a tokenizer folder")
+    model = path if path.suffix == ".model" else path / "spiece.model"
+    if model == path or (not (path / "tokenizer.json").is_file() and model.is_file()):
+        return _from_model_file(
+            model if model == path else plain_file(path, model.name),
+            num_sentinels=T5_SENTINELS if num_sentinels is None else num_sentinels,
         )
-    if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / "spiece.model").is_file():
-        return load_tokenizer(path / "spiece.model", num_sentinels=num_sentinels)
-    if path.is_dir() and (path / "tokenizer.json").is_file():
-        # Not through AutoTokenizer: a folder that names T5Tokenizer would be rebuilt without byte fallback.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    elif path.exists() or str(path_or_name).startswith((".", "/", "~")):
+    if not (path.is_dir() and (path / "tokenizer.json").is_file()):
         raise ConfigError(
             f"tokenizer: {path} holds no tokenizer.json; give a tokenizer folder or a SentencePiece .model file"
         )
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path_or_name))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"tokenizer: {path_or_name} is no local folder and cannot be had from the hub: {reason}"
-            ) from None
+    plain_file(path, "tokenizer.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path / name).exists():
+            read_settings(path, name)
+    # Not through AutoTokenizer: a folder that names T5Tokenizer would be rebuilt without byte fallback.
+    with read_by_library(path, "tokenizer"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     for name in ("pad", "eos", "unk"):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise ConfigError(f"tokenizer: {path_or_name} has no {name} token; use a T5-style tokenizer")
@@ -71,6 +69,13 @@ def load_tokenizer(path_or_name: str | Path, *, num_sentinels: int | None = None
         _add_sentinels(tokenizer.backend_tokenizer, have, num_sentinels)
         tokenizer = _wrap(tokenizer.backend_tokenizer, _special_tokens(tokenizer))
     return tokenizer
+
+
+def _from_model_file(path: Path, *, num_sentinels: int) -> PreTrainedTokenizerFast:
+    if path.stat().st_size > _MAX_MODEL_BYTES:
+        raise ConfigError(f"tokenizer: {path} is larger than {_MAX_MODEL_BYTES} bytes, which no SentencePiece model is")
+    with read_by_library(path, "tokenizer"):
+        return from_sentencepiece(path.read_bytes(), num_sentinels=num_sentinels)
 
 
 def from_sentencepiece(model: bytes, *, num_sentinels: int) -> PreTrainedTokenizerFast:
@@ -85,16 +90,18 @@ def from_sentencepiece(model: bytes, *, num_sentinels: int) -> PreTrainedTokeniz
     Raises:
         ConfigError: not a unigram model, or one with features that have no counterpart here.
     """
-    import sentencepiece
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
 
-    try:
-        sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
-        raise ConfigError("tokenizer: the .model file is not a SentencePiece model") from None
+    # Not by SentencePiece's own reader: what its C++ makes of a crafted file is not always an exception.
     schema: Any = sentencepiece_model_pb2
     proto = schema.ModelProto()
-    proto.ParseFromString(model)
+    try:
+        proto.ParseFromString(model)
+    except DecodeError:
+        raise ConfigError("tokenizer: the .model file is not a SentencePiece model") from None
+    if not proto.pieces:
+        raise ConfigError("tokenizer: the .model file is not a SentencePiece model: it has no pieces")
     unigram = schema.TrainerSpec.UNIGRAM
     if proto.trainer_spec.model_type != unigram or proto.trainer_spec.treat_whitespace_as_suffix:
         raise ConfigError("tokenizer: only SentencePiece unigram models with whitespace as a prefix can be used")
