@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from spade_t5.checkpoint.manifest import content_hash
 from spade_t5.data import packing
 from spade_t5.data.packing import TruncationRule, render, render_inputs, render_labels, truncate
 from spade_t5.finetune.task import Example, Task
@@ -68,6 +69,11 @@ class EncodedExamples:
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the examples in their order; a resumed run must have the same."""
+        return content_hash({"sources": self.sources, "targets": self.targets, "labels": self.labels})
 
 
 def encode_examples(

@@ -4,6 +4,7 @@ The run folder is that of pretraining plus `predictions/<task>-<split>.jsonl`, `
 """
 
 import dataclasses
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -18,35 +19,47 @@ from spade_t5.finetune.task import Task
 from spade_t5.hf.export import export_run
 from spade_t5.hf.tokenizer import tokenizer_hash
 from spade_t5.training import ClassificationObjective, Objective, Seq2SeqObjective, TrainingConfig, distributed
+from spade_t5.training.agreement import on_every_rank
 from spade_t5.training.engine import Trainer, start
-from spade_t5.training.run_folder import find_resume_point, open_run_folder, provenance
+from spade_t5.training.provenance import provenance
+from spade_t5.training.run_folder import AUTO, Resume, RunFolder, open_run_folder
+
+logger = logging.getLogger("spade_t5")
 
 
-def finetune(config: FinetuneConfig, *, resume: str = "auto") -> Path:
+def finetune(config: FinetuneConfig, *, resume: Resume = AUTO) -> Path:
     """Fine-tunes, or goes on fine-tuning, then evaluates and exports; returns the run folder.
 
     Args:
         config: the run.
-        resume: "auto", "none", or the path of a checkpoint or run folder.
+        resume: where it goes on, and what may have changed.
 
     Raises:
-        ConfigError: the settings contradict each other, the data, or the checkpoint to resume from.
+        ConfigError: the settings contradict each other, the data, or the checkpoint to resume from; or another run has the folder.
         DataError: rows or a checkpoint are damaged, or a label is outside the task.
+        RunAbortedError: the run cannot go on.
         StopRequestedError: a signal asked to stop; a checkpoint was saved.
     """
-    resume_from = find_resume_point(config.run_dir, resume)
+    start(config.training)
+    with open_run_folder(config.run_dir, resume) as folder:
+        _finetune_in(folder, config)
+    return config.run_dir
+
+
+def _finetune_in(folder: RunFolder, config: FinetuneConfig) -> None:
     task = config.task.build()
     tokenizer = initial_tokenizer(config)
-    model = initial_model(config, task, tokenizer)
     head_outputs = task.num_outputs if config.mode == "encoder-head" else None
     if head_outputs is None and task.label_words:
         label_word_ids(task, tokenizer)  # a tokenizer that cannot tell the answers apart is refused before training
-    train, held_out = (
-        encode_examples(task, task.examples(split, limit), tokenizer, config.rows)
-        for split, limit in (
-            ("train", config.max_train_examples),
-            (config.evaluation.split, config.evaluation.max_examples),
-        )
+    train, held_out = on_every_rank(
+        lambda: [
+            encode_examples(task, task.examples(split, limit), tokenizer, config.rows)
+            for split, limit in (
+                ("train", config.max_train_examples),
+                (config.evaluation.split, config.evaluation.max_examples),
+            )
+        ]
     )
     seed = config.training.seed
     train_rows, eval_rows = (
@@ -60,11 +73,23 @@ def finetune(config: FinetuneConfig, *, resume: str = "auto") -> Path:
         for examples, shuffle_seed in ((train, seed), (held_out, None))
     )
     training = bounded_by_epochs(config.training, config.epochs, len(train_rows.rows))
-    start(training)
-    resolved = {**to_mapping(config), "tokenizer_hash": tokenizer_hash(tokenizer)}
-    open_run_folder(config.run_dir, resolved, resume_from)
+    resolved = {
+        **to_mapping(config),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "data_fingerprint": {"train": train.fingerprint},
+    }
+    folder.check_settings(resolved)
+    exported = folder.path / "model"
+    if folder.is_finished(training.steps) and exported.is_dir():
+        logger.info(
+            "nothing to do: %s is the last checkpoint of this run, and %s its export", folder.resume_from, exported
+        )
+        return
+    model = on_every_rank(lambda: initial_model(config, task, tokenizer))
+    folder.begin(resolved)
     if distributed.is_main():
-        tokenizer.save_pretrained(config.run_dir / "tokenizer")
+        shutil.rmtree(exported, ignore_errors=True)  # of this run, before it goes on: what is there later is of its end
+        tokenizer.save_pretrained(folder.path / "tokenizer")
     objective: Objective = (
         Seq2SeqObjective(config.loss) if head_outputs is None else ClassificationObjective(head_outputs)
     )
@@ -74,7 +99,8 @@ def finetune(config: FinetuneConfig, *, resume: str = "auto") -> Path:
         train_rows=train_rows,
         eval_rows=eval_rows,
         config=training,
-        run_dir=config.run_dir,
+        run_dir=folder.path,
+        before_publishing=folder.check_lease,
         facts={
             "config": resolved,
             "model_class": type(model).__name__,
@@ -83,14 +109,12 @@ def finetune(config: FinetuneConfig, *, resume: str = "auto") -> Path:
             "provenance": provenance(),
         },
     )
-    if resume_from is not None:
-        trainer.resume(resume_from)
+    if folder.resume_from is not None:
+        trainer.resume(folder.resume_from, is_verified=True)
     trainer.fit()
-    evaluate_model(config.run_dir, task, config=config.evaluation, rows=config.rows, out=config.run_dir)
+    evaluate_model(folder.path, task, config=config.evaluation, rows=config.rows, out=folder.path)
     if distributed.is_main():
-        shutil.rmtree(config.run_dir / "model", ignore_errors=True)  # of this run, before it went on
-        export_run(config.run_dir, config.run_dir / "model")
-    return config.run_dir
+        export_run(folder.path, exported)
 
 
 def make_rows(examples: EncodedExamples, config: RowsConfig, task: Task, seed: int) -> list[list[int]]:

@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = parser.parse_args(argv)
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("spade_t5").setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("spade_t5").setLevel(logging.INFO)
+    if not is_main:
+        for handler in logging.getLogger().handlers:
+            handler.setLevel(logging.WARNING)  # the log file of a rank has the rest
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and warn of its guess
     module = importlib.import_module(f"spade_t5.launch.commands.{words.command}")

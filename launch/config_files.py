@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from spade_t5.config import ConfigDict, apply_overrides, from_mapping, merge, read_yaml
 from spade_t5.errors import ConfigError
+from spade_t5.training.run_folder import Resume
 
 T = TypeVar("T")
 
@@ -26,8 +27,25 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, kind: str, example: st
     parser.add_argument(
         "--resume",
         default="auto",
-        help="auto (default): go on from the newest checkpoint in run_dir; none: start anew; or a path",
+        help="auto (default): go on from the newest good checkpoint in run_dir; none: start anew; or the path of a checkpoint or run folder",
     )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a setting that may differ from the checkpoint's and changes what is learned from there on, such as training.clip_norm; repeatable",
+    )
+    parser.add_argument(
+        "--strict-env",
+        action="store_true",
+        help="refuse to go on with other versions of libraries or of this package than the checkpoint was made with",
+    )
+
+
+def resume_of(arguments: argparse.Namespace) -> Resume:
+    """What the arguments of `add_run_arguments` say about going on."""
+    return Resume(point=arguments.resume, allow_changes=tuple(arguments.allow_change), strict_env=arguments.strict_env)
 
 
 def load_recipe(cls: type[T], name: str, words: list[str], *, kind: str) -> T:

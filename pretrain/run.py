@@ -1,5 +1,6 @@
 """One pretraining run: data, an objective and a model, handed to the engine."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from spade_t5.pretrain.data import StoreData
 from spade_t5.pretrain.objectives import ObjectiveConfig, SpanCorruption
 from spade_t5.pretrain.streaming import StreamingData
 from spade_t5.training import Seq2SeqObjective, TrainingConfig, distributed
+from spade_t5.training.agreement import on_every_rank
 from spade_t5.training.engine import Trainer, start
-from spade_t5.training.run_folder import find_resume_point, open_run_folder, provenance
+from spade_t5.training.provenance import provenance
+from spade_t5.training.run_folder import AUTO, Resume, RunFolder, open_run_folder
+
+logger = logging.getLogger("spade_t5")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,29 +41,30 @@ class PretrainConfig:
     """Steps, batches, optimizer, precision, saving."""
 
 
-def pretrain(config: PretrainConfig, *, resume: str = "auto") -> Path:
+def pretrain(config: PretrainConfig, *, resume: Resume = AUTO) -> Path:
     """Trains, or goes on training, and returns the run folder.
 
     Args:
         config: the run.
-        resume: "auto", "none", or the path of a checkpoint or run folder.
+        resume: where it goes on, and what may have changed.
 
     Raises:
-        ConfigError: the settings contradict each other, the data, or the checkpoint to resume from.
+        ConfigError: the settings contradict each other, the data, or the checkpoint to resume from; or another run has the folder.
         DataError: data or checkpoint are damaged.
+        RunAbortedError: the run cannot go on.
         StopRequestedError: a signal asked to stop; a checkpoint was saved.
     """
-    resume_from = find_resume_point(config.run_dir, resume)
-    data = config.data.open(config.objective, seed=config.training.seed)
+    start(config.training)
+    with open_run_folder(config.run_dir, resume) as folder:
+        _pretrain_in(folder, config)
+    return config.run_dir
+
+
+def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
+    data = on_every_rank(lambda: config.data.open(config.objective, seed=config.training.seed))
     tokenizer = data.tokenizer
     model_config = resolve_model_config(config.model, model_vocab_size(tokenizer))
     check_vocabulary(tokenizer, model_config.vocab_size)
-    init_from = config.model.get("init_from")
-    if init_from is not None:
-        model = load_model(init_from, SpadeT5ForConditionalGeneration)
-    else:
-        model = build_model(SpadeT5ForConditionalGeneration, model_config, seed=config.training.seed)
-    start(config.training)
     for rank, fingerprint in enumerate(distributed.gather_objects(data.fingerprint)):
         if fingerprint != data.fingerprint:
             raise ConfigError(
@@ -69,16 +75,26 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto") -> Path:
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "data_fingerprint": data.fingerprint,
     }
-    open_run_folder(config.run_dir, resolved, resume_from)
+    folder.check_settings(resolved)
+    if folder.is_finished(config.training.steps):
+        logger.info("nothing to do: %s is the last checkpoint of this run", folder.resume_from)
+        return
+    init_from = config.model.get("init_from")
+    if init_from is not None:
+        model = on_every_rank(lambda: load_model(init_from, SpadeT5ForConditionalGeneration))
+    else:
+        model = build_model(SpadeT5ForConditionalGeneration, model_config, seed=config.training.seed)
+    folder.begin(resolved)
     if distributed.is_main():
-        tokenizer.save_pretrained(config.run_dir / "tokenizer")
+        tokenizer.save_pretrained(folder.path / "tokenizer")
     trainer = Trainer(
         model=model,
         objective=Seq2SeqObjective(config.loss, data.groups),
         train_rows=data.train_rows,
         eval_rows=data.eval_rows,
         config=config.training,
-        run_dir=config.run_dir,
+        run_dir=folder.path,
+        before_publishing=folder.check_lease,
         facts={
             "config": resolved,
             "model_class": type(model).__name__,
@@ -87,7 +103,6 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto") -> Path:
             "provenance": provenance(),
         },
     )
-    if resume_from is not None:
-        trainer.resume(resume_from)
+    if folder.resume_from is not None:
+        trainer.resume(folder.resume_from, is_verified=True)
     trainer.fit()
-    return config.run_dir

@@ -4,7 +4,7 @@ import argparse
 
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.finetune.run import finetune
-from spade_t5.launch.config_files import add_run_arguments, load_recipe
+from spade_t5.launch.config_files import add_run_arguments, load_recipe, resume_of
 from spade_t5.training import distributed
 
 
@@ -16,6 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     config = load_recipe(FinetuneConfig, arguments.config, arguments.overrides, kind="finetune")
-    run_dir = finetune(config, resume=arguments.resume)
+    run_dir = finetune(config, resume=resume_of(arguments))
     if distributed.is_main():
         print(run_dir)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from spade_t5.launch.config_files import add_run_arguments, load_recipe
+from spade_t5.launch.config_files import add_run_arguments, load_recipe, resume_of
 from spade_t5.pretrain.run import PretrainConfig, pretrain
 from spade_t5.training import distributed
 
@@ -15,6 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     config = load_recipe(PretrainConfig, arguments.config, arguments.overrides, kind="pretrain")
-    run_dir = pretrain(config, resume=arguments.resume)
+    run_dir = pretrain(config, resume=resume_of(arguments))
     if distributed.is_main():
         print(run_dir)

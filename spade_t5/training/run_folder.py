@@ -1,123 +1,222 @@
 """The folder of a run: who may start in it, what it remembers, and where a resumed run goes on.
 
-A run folder holds config.yaml (resolved), metrics.jsonl, checkpoints/, tensorboard/, plots/, log.txt and tokenizer/.
+A run folder holds config.yaml (resolved), metrics.jsonl, checkpoints/, tensorboard/, plots/, logs/, log.txt and tokenizer/, and while a run goes on
+lease.json.
 """
 
 import logging
-import subprocess
-from collections.abc import Mapping, Sequence
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from spade_t5.checkpoint import latest_checkpoint, list_checkpoints, read_state, verify_together
+from spade_t5.checkpoint import (
+    list_checkpoints,
+    newest_good_checkpoint,
+    read_state,
+    remove_unfinished,
+    set_aside_newer,
+    verify_together,
+)
+from spade_t5.checkpoint.folder import checkpoint_step
+from spade_t5.checkpoint.manifest import content_hash, whole_file
+from spade_t5.checkpoint.state import STATE_FILE
 from spade_t5.config import ConfigDict, dump_yaml
 from spade_t5.errors import ConfigError
+from spade_t5.messages import printable, shown
 from spade_t5.training import distributed
+from spade_t5.training.agreement import on_main
+from spade_t5.training.lease import Lease
+from spade_t5.training.provenance import check_provenance, provenance
+from spade_t5.training.rank_log import RankLog
+from spade_t5.training.settings import check_can_be_allowed, check_changes, leaves
+from spade_t5.training.shared_folder import check_shared, make_folder, remove_empty
 
 logger = logging.getLogger("spade_t5")
 
 CONFIG_FILE = "config.yaml"
 RESUME_MODES = "auto, none, or the path of a checkpoint or run folder"
-FIXED_KEYS = (
-    "model",
-    "objective",
-    "tokenizer_hash",
-    "training.seed",
-    "training.global_batch_rows",
-    "training.optimizer.name",
-    "data_fingerprint",
-)
-"""Settings that a resumed run must share with its checkpoint, the plainest first: the first that differs is named."""
 
 
-def find_resume_point(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None to start anew.
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Where a run goes on, and what may have changed."""
+
+    point: str = "auto"
+    """auto: from the newest good checkpoint of the run folder, if it has any; none: anew, in a folder without checkpoints; anything else:
+    from the checkpoint of this path, or the newest good one of a run folder."""
+    allow_changes: tuple[str, ...] = ()
+    """Keys of settings that change what is learned and may differ from the checkpoint's."""
+    strict_env: bool = False
+    """Refuse other versions of libraries and of this package than the checkpoint was made with."""
+
+
+AUTO = Resume()
+
+
+@contextmanager
+def open_run_folder(run_dir: Path, resume: Resume) -> Iterator["RunFolder"]:
+    """Makes the folder where it is missing, takes its lease and finds the resume point; the lease is given back at the end (a collective call).
+
+    A run that is refused before `RunFolder.begin` leaves the folder as it was.
+
+    Raises:
+        ConfigError: another run has the folder, it cannot be written or is not the same for all ranks, or there is nothing to resume or
+            something in the way.
+        DataError: the checkpoints to resume from are damaged.
+    """
+    _check_equal("run_dir", run_dir)
+    made = on_main(lambda: make_folder(run_dir))
+    with ExitStack() as stack:
+        if distributed.is_main():
+            stack.callback(remove_empty, made)
+        log = stack.enter_context(RankLog(run_dir / "logs"))
+        lease = Lease(run_dir, on_loss=_stop_this_run)
+        stack.callback(lease.release)
+        on_main(lease.take)
+        check_shared(run_dir)
+        yield RunFolder(run_dir, find_resume_point(run_dir, resume.point), resume, lease, log)
+
+
+class RunFolder:
+    """The folder of a run that this process takes part in; made by `open_run_folder`."""
+
+    def __init__(self, path: Path, resume_from: Path | None, resume: Resume, lease: Lease, log: RankLog) -> None:
+        """Takes over what was opened; `resume_from` is a checkpoint that was verified."""
+        self.path = path
+        self.resume_from = resume_from
+        self._state = {} if resume_from is None else read_state(resume_from)
+        self._resume = resume
+        self._lease = lease
+        self._log = log
+
+    def check_settings(self, resolved: ConfigDict) -> None:
+        """Holds the run's settings against those of the other ranks and of the checkpoint it resumes from (a collective call).
+
+        Raises:
+            ConfigError: ranks were given different settings, or one changed that may not; on every rank.
+        """
+        _check_equal("", resolved)
+        on_main(lambda: self._check_changes(resolved))
+
+    def is_finished(self, num_steps: int) -> bool:
+        """Whether the checkpoint to resume from is the last one of a run of `num_steps` steps."""
+        return bool(self._state) and self._state["step"] >= num_steps
+
+    def begin(self, resolved: ConfigDict) -> None:
+        """Writes the first files of the run, whose settings were checked (a collective call).
+
+        Raises:
+            ConfigError: they cannot be written.
+        """
+        on_main(lambda: self._write(resolved))
+        self._log.open_file()
+
+    def check_lease(self) -> dict[str, Any]:
+        """What a manifest says of the lease; of use on the main rank, before anything is published.
+
+        Raises:
+            RunAbortedError: another run has the folder, or it is gone.
+        """
+        return self._lease.check()
+
+    def _check_changes(self, resolved: ConfigDict) -> None:
+        for name in self._resume.allow_changes:
+            check_can_be_allowed(name, set(leaves(resolved)))
+        if self._state:
+            check_changes(self._state["config"], resolved, self._resume.allow_changes)
+            check_provenance(self._state["provenance"], provenance(), is_strict=self._resume.strict_env)
+
+    def _write(self, resolved: ConfigDict) -> None:
+        checkpoints = self.path / "checkpoints"
+        try:
+            checkpoints.mkdir(exist_ok=True)
+            remove_unfinished(checkpoints)
+            if self._state:
+                set_aside_newer(checkpoints, self._state["step"])
+            with whole_file(self.path / CONFIG_FILE) as file:
+                file.write(dump_yaml(resolved).encode())
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir: {self.path} cannot be written ({error.strerror}); choose another folder"
+            ) from None
+
+
+def find_resume_point(run_dir: Path, point: str) -> Path | None:
+    """The checkpoint to go on from, verified, or None to start anew (a collective call).
 
     Args:
         run_dir: folder of the run.
-        resume: "auto" goes on from the newest checkpoint if there is one; "none" starts anew and needs a folder without checkpoints;
-            anything else is the path of a checkpoint, or of a run folder whose newest checkpoint is meant.
+        point: see `Resume`.
 
     Raises:
         ConfigError: nothing is there to resume, or checkpoints would be overwritten.
+        DataError: checkpoints are there, but the one asked for, or every one, is damaged.
     """
     own = run_dir / "checkpoints"
-    if resume == "none":
-        if list_checkpoints(own):
-            raise ConfigError(
-                f"run_dir: {run_dir} already holds checkpoints; use another run_dir, or --resume auto to go on with them"
-            )
+    has_own = on_main(lambda: bool(list_checkpoints(own)))
+    if has_own and _is_restarted():
+        point = "auto"  # the first attempt began as it was told to
+    if point == "none":
+        _refuse_other_checkpoints(run_dir, has_own)
         return None
-    if resume == "auto":
-        return latest_checkpoint(own)
-    path = Path(resume)
-    found = path if (path / "state.json").is_file() else latest_checkpoint(path / "checkpoints")
+    if point == "auto":
+        found = newest_good_checkpoint(own)
+        if found is None:
+            logger.info("no checkpoint in %s: starting at step 0", own)
+        return found
+    path = Path(point)
+    if on_main(lambda: _looks_like_checkpoint(path)):
+        verify_together(path)
+        found = path
+    else:
+        found = newest_good_checkpoint(path / "checkpoints")
     if found is None:
-        raise ConfigError(f"--resume: {resume} is no checkpoint and holds none; give {RESUME_MODES}")
+        raise ConfigError(f"--resume: {printable(path)} is no checkpoint and holds none; give {RESUME_MODES}")
+    _refuse_other_checkpoints(run_dir, has_own and found.parent.resolve() != own.resolve())
     return found
 
 
-def open_run_folder(run_dir: Path, config: ConfigDict, resume_from: Path | None) -> None:
-    """Creates the folder and writes the resolved config (main rank); the others wait.
+def _refuse_other_checkpoints(run_dir: Path, are_there: bool) -> None:
+    if are_there:
+        raise ConfigError(
+            f"run_dir: {run_dir} already holds checkpoints; use another run_dir, or --resume auto to go on with them"
+        )
+
+
+def _is_restarted() -> bool:
+    """Whether torchrun has started this group of processes again after a fault."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _looks_like_checkpoint(path: Path) -> bool:
+    return path.is_dir() and (checkpoint_step(path) is not None or (path / STATE_FILE).is_file())
+
+
+def _check_equal(name: str, value: Any) -> None:
+    """Fails on every rank unless all have the same value, a path or a config.
 
     Raises:
-        ConfigError: the checkpoint was made with other settings that may not change, or the folder cannot be written.
-        DataError: the checkpoint is damaged.
+        ConfigError: naming the first setting that differs, with both values.
     """
-    if resume_from is not None:
-        verify_together(resume_from)  # before anything is written
-        check_same_settings(read_state(resume_from)["config"], config, FIXED_KEYS)
-    if distributed.is_main():
-        try:
-            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (run_dir / CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir: {run_dir} cannot be written ({error.strerror}); choose another folder"
-            ) from None
-    distributed.barrier()
-
-
-def check_same_settings(old: Mapping[str, Any], new: Mapping[str, Any], fixed: Sequence[str]) -> None:
-    """Compares two resolved configs leaf by leaf; changes of other keys than the fixed ones are announced in the log.
-
-    Raises:
-        ConfigError: a fixed key changed; the message has its old and new value.
-    """
-    before, after = _leaves(old), _leaves(new)
-    changes = {
-        key: f"{key}: was {before.get(key)!r} in the checkpoint, is {after.get(key)!r} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    }
-    for name in fixed:
-        for key, change in changes.items():
-            if key == name or key.startswith(f"{name}."):
+    if len(set(distributed.gather_objects(content_hash({"": _plain(value)})))) == 1:
+        return
+    first, *others = (leaves(_plain(each), name) for each in distributed.gather_objects(value))
+    for rank, other in enumerate(others, 1):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
                 raise ConfigError(
-                    f"{change}; a resumed run cannot change it, set it back or start anew in another run_dir"
+                    f"{key}: {shown(first.get(key))} on rank 0 and {shown(other.get(key))} on rank {rank}; start every rank with the same settings"
                 )
-    for key, change in changes.items():
-        if key != "run_dir":
-            logger.info("%s", change)
 
 
-def provenance() -> dict[str, str | None]:
-    """Versions that made a checkpoint: torch, and the git revision of this package where it is a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        revision = done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = None
-    return {"torch": torch.__version__, "git_revision": revision}
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    return leaves
+def _stop_this_run() -> None:
+    # The engine stops at the end of the step and wants to save, which the lost lease forbids: all ranks end with that reason.
+    os.kill(os.getpid(), signal.SIGTERM)

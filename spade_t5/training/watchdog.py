@@ -338,8 +338,10 @@ def _this_process() -> Process:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process started, as the kernel counts it; None if there is none such, or the system does not say."""
+    """When a process started, as the kernel counts it; None if there is none such or it is dead, or the system does not say."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        state, *fields = stat.rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except (OSError, ValueError, IndexError):
         return None

@@ -83,7 +83,8 @@ def test_the_store_holds_its_tokenizer(store: Path, tokenizer: Path) -> None:
 
 
 def test_a_run_folder_holds_what_a_run_leaves(run: Path) -> None:
-    names = {"config.yaml", "metrics.jsonl", "log.txt", "checkpoints", "tensorboard", "plots", "tokenizer"}
+    names = {"config.yaml", "metrics.jsonl", "events.jsonl", "log.txt", "logs", "checkpoints", "tensorboard", "plots"}
+    names |= {"tokenizer"}
     assert {path.name for path in run.iterdir()} == names
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-00000003", "step-00000006"]
     assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
