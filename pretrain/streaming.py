@@ -10,8 +10,10 @@ all ranks is, for every lane, the state with the most segments taken.
 """
 
 import dataclasses
+import functools
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ from spade_t5.pretrain.objectives import BoundDenoiser, ObjectiveConfig, Vocabul
 from spade_t5.pretrain.order import Ints, Order
 from spade_t5.pretrain.rows import HeldOutRows, Renderer, widest
 from spade_t5.pretrain.segments import ConcatenatedSegments
+from spade_t5.training import distributed
 from spade_t5.training.data import Batch, BatchShape, Cursor, StepBatches, checked
 
 logger = logging.getLogger(__name__)
@@ -223,7 +226,15 @@ class StreamingRows:
         if shape.rank == 0:
             self._warn_of_waste(_num_readers(shape))
         reader = _Reader(self, slot, lanes, num_steps, shape)
-        loader = iter(DataLoader(reader, batch_size=None, num_workers=shape.workers, collate_fn=_unchanged))
+        loader = iter(
+            DataLoader(
+                reader,
+                batch_size=None,
+                num_workers=shape.workers,
+                collate_fn=_unchanged,
+                worker_init_fn=functools.partial(distributed.begin_worker, os.getpid()),
+            )
+        )
         try:
             for step in range(num_steps):
                 made: list[list[Made]] = [[] for _ in range(shape.num_micro_batches)]

@@ -5,6 +5,8 @@ rows for the global batch size B; rank r takes those whose place in the batch is
 number of ranks, meets the same rows in the same step, and nothing about the data needs to be saved but the cursor.
 """
 
+import functools
+import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from spade_t5.errors import UserError
 from spade_t5.ops import check_segment_order
+from spade_t5.training import distributed
 
 Batch = dict[str, Tensor]
 """What the model takes, and two more entries that the objective takes out: `sample_numbers` and `loss_groups`, both (B, S) int64.
@@ -180,6 +183,7 @@ def _batches(source: RowSource, row_lists: Any, workers: int) -> Iterator[Batch]
         sampler=row_lists,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=functools.partial(distributed.begin_worker, os.getpid()),
     )
     for batch in loader:
         if isinstance(batch, UserError):

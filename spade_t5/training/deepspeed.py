@@ -64,8 +64,11 @@ def deepspeed_json(config: TrainingConfig, deepspeed: DeepSpeedConfig, world_siz
     return result
 
 
-def start_processes() -> None:
+def start_processes(timeout_seconds: float = distributed.DEFAULT_TIMEOUT_SECONDS) -> None:
     """Joins the process group that the launcher started; one process alone makes a group of one.
+
+    Args:
+        timeout_seconds: how long a collective waits for a rank before it fails.
 
     Raises:
         ConfigError: DeepSpeed is not installed, or the group is not of the launched size.
@@ -81,7 +84,7 @@ def start_processes() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    distributed.join()
+    distributed.join(timeout_seconds)
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on
         dist.init_process_group(distributed.backend_name(), store=dist.HashStore(), rank=0, world_size=1)

@@ -6,10 +6,13 @@ works in one process without a process group.
 
 import ctypes
 import gc
+import ipaddress
 import os
 import signal
+import socket
 import sys
-from typing import NoReturn, TypeVar
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,20 @@ import torch.distributed as dist
 from spade_t5.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1
+DEFAULT_TIMEOUT_SECONDS = 1800.0
+"""Of collectives outside training."""
+TIMEOUT_MARGIN_SECONDS = 120.0
+"""How much longer than the watchdog collectives wait, so that it speaks first."""
+
+_SIGNS_OF_LOST_PEERS = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+    "refused",
+    "Socket closed",
+)
 
 T = TypeVar("T")
 
@@ -90,7 +107,27 @@ def gather_objects(item: T) -> list[T]:
 
 def die_with_parent() -> None:
     """Asks the kernel to kill this rank when its launcher dies, so that no orphan goes on writing to the run folder."""
-    if sys.platform == "linux" and launched_world_size() > 1:
+    if launched_world_size() > 1:
+        _die_with_parent()
+
+
+def begin_worker(rank_pid: int, worker: int) -> None:
+    """First thing a process does that prepares batches for a rank: it ends with the rank, whose business signals are.
+
+    Args:
+        rank_pid: process id of the rank.
+        worker: number of the worker, which PyTorch adds.
+    """
+    _die_with_parent()
+    if os.getppid() != rank_pid:
+        os._exit(1)  # the rank died before the kernel knew
+    # A terminal and a scheduler signal every process; a rank that stops in an orderly way needs its workers to the end of the step.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -107,10 +144,62 @@ def check_world_size() -> None:
         )
 
 
-def join() -> None:
-    """Joins the process group that the launcher started, if it started several processes and none is joined yet."""
-    if launched_world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group(backend_name())
+def join(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+    """Joins the process group that the launcher started, if it started several processes and none is joined yet.
+
+    Args:
+        timeout_seconds: how long a collective waits for a rank before it fails.
+
+    Raises:
+        ConfigError: the port at which ranks meet is in use.
+    """
+    if launched_world_size() == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        # NCCL notes its last collectives in a ring of this many entries, which the watchdog writes to a file when a rank hangs.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    timeout = timedelta(seconds=timeout_seconds)
+    place: dict[str, Any] = {}
+    if _meets_on_loopback():
+        place = {"store": _loopback_store(timeout), "rank": rank(), "world_size": launched_world_size()}
+    dist.init_process_group(backend_name(), timeout=timeout, **place)
+
+
+def _meets_on_loopback() -> bool:
+    """Whether the ranks make their own store, on this machine only; torchrun's agent may have made one for them."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return False
+    try:
+        return ipaddress.ip_address(os.environ["MASTER_ADDR"]).is_loopback
+    except ValueError:
+        return False  # a host name
+
+
+def _loopback_store(timeout: timedelta) -> dist.TCPStore:
+    """The store at which ranks meet, which PyTorch by itself would offer to the whole network."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank() > 0:
+        return dist.TCPStore(address, port, launched_world_size(), is_master=False, timeout=timeout)
+    try:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.create_server((address, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"MASTER_PORT: {address}:{port} cannot be opened ({error.strerror}); choose another port, or let spade-t5 launch choose one"
+        ) from None
+    return dist.TCPStore(
+        address, port, launched_world_size(), is_master=True, timeout=timeout, master_listen_fd=listener.detach()
+    )
+
+
+def is_peer_failure(error: BaseException | None) -> bool:
+    """Whether an error says that another rank is gone or does not answer, rather than that this one did something wrong."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, dist.DistError) or ("gloo" in text and any(sign in text for sign in _SIGNS_OF_LOST_PEERS)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def backend_name() -> str:
