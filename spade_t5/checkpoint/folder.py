@@ -58,6 +58,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
 
 
+def list_unfinished(folder: Path) -> list[Path]:
+    """Where the checkpoints that are being written, or were cut off, will or would have been."""
+    return [path.with_name(path.name[1 : -len(".tmp")]) for path in _hidden(folder, "tmp")]
+
+
 def latest_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     """The newest checkpoint whose manifest can be read, or that of `step`; None if there is none."""
     for path in reversed(list_checkpoints(folder)):

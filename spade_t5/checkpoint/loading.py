@@ -14,6 +14,7 @@ from spade_t5.checkpoint.state import AVERAGE, FROZEN_FILE, WEIGHT, Piece, read_
 from spade_t5.checkpoint.tensor_file import TensorFile
 from spade_t5.checkpoint.verifying import verify_checkpoint, verify_together
 from spade_t5.errors import DataError
+from spade_t5.training.agreement import on_every_rank
 from spade_t5.training.averaging import WeightAverage
 from spade_t5.training.backend import Backend, unique_state
 from spade_t5.training.optimizers import Fragment
@@ -40,16 +41,9 @@ def load_checkpoint(
     """
     if not is_verified:
         verify_together(path)
-    state = read_state(path)
-    _check_fits(path, backend, state)
-    reader = _Reader(path)
-    for fragment in backend.fragments():
-        _load_fragment(fragment, backend.optimizer, state, reader)
-        if average is not None:
-            _load_average(average, fragment, state, reader)
-    if average is not None and AVERAGE not in state["index"]:
-        logger.info("%s holds no average of the weights: it starts from the weights", path)
-    backend.load_weights(read_weights(path))
+    state, weights = on_every_rank(lambda: _read_fitting(path, backend))
+    on_every_rank(lambda: _load_fragments(path, backend, state, average))
+    backend.load_weights(weights)
     return state
 
 
@@ -132,22 +126,36 @@ class _Reader:
         return file.read(key, start, stop)
 
 
-def _check_fits(path: Path, backend: Backend, state: dict[str, Any]) -> None:
-    """Compares names and shapes of the trained parameters before anything is changed."""
-    shapes = {
-        name: list(getattr(p, "ds_shape", p.shape)) for name, p in backend.module.named_parameters() if p.requires_grad
-    }
-    index = state["index"][WEIGHT]
-    if shapes.keys() != index.keys():
-        odd = sorted(shapes.keys() ^ index.keys())[0]
-        raise DataError(
-            f"{path}: its trained parameters are not the model's (such as {odd}); use the configuration it was trained with"
-        )
-    for name, shape in shapes.items():
-        if state["shapes"][name] != shape:
+def _read_fitting(path: Path, backend: Backend) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state and the whole weights, if they are those of the backend's model."""
+    state, weights = read_state(path), read_weights(path)
+    remedy = "use the configuration it was trained with"
+    trained = {name for name, p in backend.module.named_parameters() if p.requires_grad}
+    if trained != state["index"][WEIGHT].keys():
+        odd = sorted(trained ^ state["index"][WEIGHT].keys())[0]
+        raise DataError(f"{path}: its trained parameters are not the model's (such as {odd}); {remedy}")
+    for name, tensor in unique_state(backend.module):
+        shape = getattr(tensor, "ds_shape", tensor.shape)
+        if name not in weights:
+            raise DataError(f"{path}: lacks {name}; {remedy}")
+        if weights[name].shape != shape:
             raise DataError(
-                f"{path}: {name} has shape {state['shapes'][name]}, the model needs {shape}; use the configuration it was trained with"
+                f"{path}: {name} has shape {tuple(weights[name].shape)}, the model needs {tuple(shape)}; {remedy}"
             )
+    return state, weights
+
+
+def _load_fragments(path: Path, backend: Backend, state: dict[str, Any], average: WeightAverage | None) -> None:
+    """Fills the optimizer's tensors and the averages of this rank."""
+    reader = _Reader(path)
+    for fragment in backend.fragments():
+        _load_fragment(fragment, backend.optimizer, state, reader)
+        if average is not None:
+            key = AVERAGE if AVERAGE in state["index"] else WEIGHT
+            pieces = state["index"][key].get(fragment.name, [])
+            _copy_pieces(average.flat(fragment), fragment, pieces, f"{key}/{fragment.name}", reader)
+    if average is not None and AVERAGE not in state["index"]:
+        logger.info("%s holds no average of the weights: it starts from the weights", path)
 
 
 def _load_fragment(
@@ -169,12 +177,6 @@ def _load_fragment(
     for key, numbers in state["scalars"].items():
         if fragment.name in numbers:
             values[key] = torch.tensor(float(numbers[fragment.name]))
-
-
-def _load_average(average: WeightAverage, fragment: Fragment, state: dict[str, Any], reader: _Reader) -> None:
-    key = AVERAGE if AVERAGE in state["index"] else WEIGHT
-    pieces = state["index"][key].get(fragment.name, [])
-    _copy_pieces(average.flat(fragment), fragment, pieces, f"{key}/{fragment.name}", reader)
 
 
 def _copy_pieces(target: Tensor, fragment: Fragment, pieces: list[Piece], key: str, reader: _Reader) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from spade_t5.errors import DataError
+from spade_t5.messages import shown
 
 MANIFEST = "manifest.json"
 FILE_MODE, FOLDER_MODE = 0o644, 0o755
@@ -119,7 +120,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: its content does not match its own hash; the folder is damaged, use another one")
     for name in names:
         if not is_plain_name(name):
-            raise DataError(f"{path}: names {name!r}, which is not a plain file name; refused")
+            raise DataError(f"{path}: names {shown(name)}, which is not a plain file name; refused")
     return content
 
 
@@ -150,14 +151,18 @@ def check_file(folder: Path, name: str, entry: dict[str, Any]) -> None:
         DataError: the file is missing, or its size or hash is another.
     """
     path = folder / name
-    if path.is_symlink() or not path.is_file():
-        raise DataError(f"{path}: missing or not a plain file; the folder is damaged, use another one")
-    if path.stat().st_size != entry["bytes"]:
-        raise DataError(
-            f"{path}: {path.stat().st_size} bytes, expected {entry['bytes']}; the folder is damaged, use another one"
-        )
-    if file_sha256(path) != entry["sha256"]:
-        raise DataError(f"{path}: sha256 differs from the manifest; the folder is damaged, use another one")
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise DataError(f"{path}: missing or not a plain file; the folder is damaged, use another one")
+        num_bytes = path.stat().st_size
+        if num_bytes != entry["bytes"]:
+            raise DataError(
+                f"{path}: {num_bytes} bytes, expected {shown(entry['bytes'])}; the folder is damaged, use another one"
+            )
+        if file_sha256(path) != entry["sha256"]:
+            raise DataError(f"{path}: sha256 differs from the manifest; the folder is damaged, use another one")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); use another one") from None
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:

@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 from spade_t5.checkpoint.folder import checkpoint_folders, checkpoint_step, delete_checkpoint
 from spade_t5.checkpoint.manifest import read_manifest
+from spade_t5.checkpoint.state import HELD_OUT_LOSS
 from spade_t5.errors import DataError
 
 logger = logging.getLogger("spade_t5")
-
-HELD_OUT_LOSS = "held_out_loss"
-"""The fact of a checkpoint that says how good it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,9 +33,9 @@ from spade_t5.checkpoint.manifest import (
     write_manifest,
     write_small,
 )
-from spade_t5.checkpoint.retention import HELD_OUT_LOSS, Retention
+from spade_t5.checkpoint.retention import Retention
 from spade_t5.checkpoint.snapshot import Index, Snapshot, take_snapshot
-from spade_t5.checkpoint.state import FORMAT_VERSION, STATE_FILE
+from spade_t5.checkpoint.state import FORMAT_VERSION, HELD_OUT_LOSS, STATE_FILE
 from spade_t5.checkpoint.tensor_file import write_tensors
 from spade_t5.errors import RunAbortedError, SaveError
 from spade_t5.training import distributed

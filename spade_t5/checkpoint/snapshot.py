@@ -5,6 +5,7 @@ pinned blocks for the next snapshot.
 """
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spade_t5.checkpoint.state import AVERAGE, FROZEN_FILE, WEIGHT, rank_file
+from spade_t5.checkpoint.state import AVERAGE, FROZEN_FILE, HELD_OUT_LOSS, WEIGHT, rank_file
 from spade_t5.checkpoint.tensor_file import HostTensor
 from spade_t5.training import distributed
 from spade_t5.training.averaging import WeightAverage
@@ -90,7 +91,7 @@ def take_snapshot(
     copies.wait()
     return Snapshot(
         step=step,
-        facts=copy.deepcopy(facts),
+        facts=_fixed(facts),
         files=files,
         index=index,
         whole=whole,
@@ -98,6 +99,13 @@ def take_snapshot(
         shapes={name: list(getattr(p, "ds_shape", p.shape)) for name, p in backend.module.named_parameters()},
         seconds=time.perf_counter() - started,
     )
+
+
+def _fixed(facts: dict[str, Any]) -> dict[str, Any]:
+    """A copy that later steps do not change; a held-out loss that is not finite says nothing about how good the weights are."""
+    loss = facts.get(HELD_OUT_LOSS)
+    is_useless = isinstance(loss, float) and not math.isfinite(loss)
+    return copy.deepcopy({name: value for name, value in facts.items() if name != HELD_OUT_LOSS or not is_useless})
 
 
 class _HostCopies:

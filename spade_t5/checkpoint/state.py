@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from spade_t5.checkpoint.manifest import is_plain_name, read_json
 from spade_t5.errors import DataError
+from spade_t5.messages import shown
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -19,13 +20,15 @@ WEIGHT = "weight"
 """Key of the weights in the index; the others are the optimizer's own."""
 AVERAGE = "ema"
 """Key of the moving averages of the weights in the index, where the run keeps them."""
+HELD_OUT_LOSS = "held_out_loss"
+"""The fact that says how good a checkpoint is, where its step was evaluated; the manifest has it too."""
 FACT_TYPES: dict[str, type | tuple[type, ...]] = {
     "tokens": int,
     "config": dict,
     "model_config": dict,
     "model_class": str,
     "provenance": dict,
-    "held_out_loss": (int, float),
+    HELD_OUT_LOSS: (int, float),
 }
 """What facts must be where they are there."""
 
@@ -72,7 +75,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{file}: is no JSON object; use another checkpoint")
     if content.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{file}: format {content.get('format_version')!r}, this version reads {FORMAT_VERSION}")
+        raise DataError(f"{file}: format {shown(content.get('format_version'))}, this version reads {FORMAT_VERSION}")
     state = State(file, content)
     try:
         _check_facts(state)
@@ -85,22 +88,39 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def files_of(state: Mapping[str, Any]) -> set[str]:
+    """Every file that a checkpoint's tensors lie in."""
+    pieces = (piece for names in state["index"].values() for found in names.values() for piece in found)
+    return {piece.file for piece in pieces} | {file for files in state["whole"].values() for file in files.values()}
+
+
+def tensors_of(state: Mapping[str, Any], file: str) -> dict[str, int | None]:
+    """Names of the tensors that the state says are in a file, with the number of their elements where it says that too."""
+    tensors: dict[str, int | None] = {}
+    for key, names in state["index"].items():
+        for name, pieces in names.items():
+            tensors |= {f"{key}/{name}": piece.numel for piece in pieces if piece.file == file}
+    for key, files in state["whole"].items():
+        tensors |= {f"{key}/{name}": None for name, found in files.items() if found == file}
+    return tensors
+
+
 def _items(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{_short(value)} stands where a mapping belongs")
+        raise ValueError(f"{shown(value)} stands where a mapping belongs")
     return value.items()
 
 
 def _check_facts(state: State) -> None:
     if not _is_count(state["step"]):
-        raise ValueError(f"step: {_short(state['step'])} is no number of steps")
+        raise ValueError(f"step: {shown(state['step'])} is no number of steps")
     for name, types in FACT_TYPES.items():
         value = state.get(name)
         if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
-            raise ValueError(f"{name}: {_short(value)} is of the wrong type")
+            raise ValueError(f"{name}: {shown(value)} is of the wrong type")
     for name, shape in _items(state["shapes"]):
         if not isinstance(shape, list) or not all(_is_count(length) for length in shape):
-            raise ValueError(f"shapes: {name!r} has {_short(shape)}")
+            raise ValueError(f"shapes: {shown(name)} has {shown(shape)}")
 
 
 def _pieces(names: Any, shapes: dict[str, list[int]]) -> dict[str, list[Piece]]:
@@ -108,32 +128,31 @@ def _pieces(names: Any, shapes: dict[str, list[int]]) -> dict[str, list[Piece]]:
     result = {}
     for name, found in _items(names):
         if name not in shapes:
-            raise ValueError(f"index: {name!r} has no shape")
+            raise ValueError(f"index: {shown(name)} has no shape")
         if not isinstance(found, list):
-            raise ValueError(f"index: {name!r} has {_short(found)}")
-        pieces = sorted(_piece(name, piece) for piece in found)
-        pieces.sort(key=lambda piece: piece.offset)
+            raise ValueError(f"index: {shown(name)} has {shown(found)}")
+        pieces = sorted((_piece(name, piece) for piece in found), key=lambda piece: piece.offset)
         place = 0
         for piece in pieces:
             if piece.offset != place:
-                raise ValueError(f"index: {name!r} has a piece at {piece.offset}, expected {place}")
+                raise ValueError(f"index: {shown(name)} has a piece at {piece.offset}, expected {place}")
             place += piece.numel
         if place != math.prod(shapes[name]):
-            raise ValueError(f"index: {name!r} has {place} elements, its shape {shapes[name]}")
+            raise ValueError(f"index: {shown(name)} has {place} elements, its shape {shapes[name]}")
         if len({piece.file for piece in pieces}) != len(pieces):
-            raise ValueError(f"index: {name!r} has two pieces in one file")
+            raise ValueError(f"index: {shown(name)} has two pieces in one file")
         result[name] = pieces
     return result
 
 
 def _piece(name: str, piece: Any) -> Piece:
     if not isinstance(piece, list) or len(piece) != 3:
-        raise ValueError(f"index: {name!r} has {_short(piece)}")
+        raise ValueError(f"index: {shown(name)} has {shown(piece)}")
     file, offset, numel = piece
     if not isinstance(file, str) or not is_plain_name(file):
-        raise ValueError(f"index: {name!r} lies in {_short(file)}, which is not a plain file name; refused")
+        raise ValueError(f"index: {shown(name)} lies in {shown(file)}, which is not a plain file name; refused")
     if not _is_count(offset) or not _is_count(numel):
-        raise ValueError(f"index: {name!r} has {_short(piece)}")
+        raise ValueError(f"index: {shown(name)} has {shown(piece)}")
     return Piece(file, offset, numel)
 
 
@@ -141,17 +160,14 @@ def _check_other_states(state: State) -> None:
     for key, names in _items(state["whole"]):
         for name, file in _items(names):
             if not isinstance(file, str) or not is_plain_name(file):
-                raise ValueError(f"whole: {key}/{name} lies in {_short(file)}, which is not a plain file name; refused")
+                raise ValueError(
+                    f"whole: {shown(key)}/{shown(name)} lies in {shown(file)}, which is not a plain file name; refused"
+                )
     for key, names in _items(state["scalars"]):
         for name, number in _items(names):
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < float("inf"):
-                raise ValueError(f"scalars: {key}/{name} is {_short(number)}")
+                raise ValueError(f"scalars: {shown(key)}/{shown(name)} is {shown(number)}")
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

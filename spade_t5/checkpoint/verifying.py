@@ -1,9 +1,10 @@
 """Decides whether a checkpoint is what was written, and steps back to the newest one that is.
 
 A checkpoint is good when its manifest matches its own hash, every file has the size and hash of the manifest and is a plain file, there is
-no further file (names that begin with a dot do not count), and `state.json` makes sense.
+no further file (names that begin with a dot do not count), and `state.json`, the manifest and the headers of the other files agree.
 """
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 
 from spade_t5.checkpoint.folder import checkpoint_folders, checkpoint_step, restore_replaced
 from spade_t5.checkpoint.manifest import MANIFEST, check_file, read_manifest
-from spade_t5.checkpoint.state import STATE_FILE, read_state
+from spade_t5.checkpoint.state import FROZEN_FILE, STATE_FILE, files_of, read_state, tensors_of
+from spade_t5.checkpoint.tensor_file import TensorFile
 from spade_t5.errors import DataError
+from spade_t5.messages import printable, shown
 from spade_t5.training import distributed
+from spade_t5.training.agreement import on_every_rank, on_main
 
 logger = logging.getLogger("spade_t5")
 
@@ -22,33 +26,35 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Checks every file of a checkpoint against its manifest, which is returned.
 
     Raises:
-        DataError: a file is missing, damaged, or too many.
+        DataError: a file is missing, damaged, or too many, or what the files say does not fit together.
     """
     manifest = _checked_manifest(path)
     for name, entry in manifest["files"].items():
         check_file(path, name, entry)
-    read_state(path)
+    state = _checked_state(path, manifest)
+    for name in manifest["files"]:
+        _check_tensors(path, name, state)
     return manifest
 
 
 def verify_together(path: Path) -> None:
-    """As `verify_checkpoint`, a collective call: file i is hashed by rank i modulo their number.
+    """As `verify_checkpoint`, a collective call: file i is read by rank i modulo their number.
 
     Raises:
-        DataError: a file is missing, damaged, or too many; on all ranks.
+        DataError: a file is missing, damaged, or too many, or what the files say does not fit together; on all ranks.
     """
-    problem = None
-    try:
-        files = list(_checked_manifest(path)["files"].items())
-        for name, entry in files[distributed.rank() :: distributed.world_size()]:
-            check_file(path, name, entry)
-        if distributed.is_main():
-            read_state(path)
-    except DataError as error:
-        problem = str(error)
-    problems = [found for found in distributed.gather_objects(problem) if found is not None]
-    if problems:
-        raise DataError(problems[0])
+    on_every_rank(lambda: _verify_share(path))
+
+
+def _verify_share(path: Path) -> None:
+    manifest = _checked_manifest(path)
+    own = list(manifest["files"])[distributed.rank() :: distributed.world_size()]
+    check_file(path, STATE_FILE, manifest["files"][STATE_FILE])  # which all read
+    for name in own:
+        check_file(path, name, manifest["files"][name])
+    state = _checked_state(path, manifest)
+    for name in own:
+        _check_tensors(path, name, state)
 
 
 def newest_good_checkpoint(folder: Path) -> Path | None:
@@ -61,9 +67,9 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
         DataError: there are checkpoints, and none is good; on all ranks.
     """
     rejected = []
-    for path in reversed(_candidates(folder)):
+    for path in reversed(on_main(lambda: _restore_and_list(folder))):
         try:
-            _check_owner_together(path)
+            on_main(functools.partial(_check_owner, path))
             verify_together(path)
         except DataError as error:
             logger.warning("rejected %s: %s", path.name, error)
@@ -80,25 +86,12 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _candidates(folder: Path) -> list[Path]:
-    """The main rank's view of the folder, for all."""
-    found: list[Path] = []
-    if distributed.is_main():
+def _restore_and_list(folder: Path) -> list[Path]:
+    try:
         restore_replaced(folder)
-        found = checkpoint_folders(folder)
-    return distributed.gather_objects(found)[0]
-
-
-def _check_owner_together(path: Path) -> None:
-    problem = None
-    if distributed.is_main():
-        try:
-            _check_owner(path)
-        except DataError as error:
-            problem = str(error)
-    problem = distributed.gather_objects(problem)[0]
-    if problem is not None:
-        raise DataError(problem)
+        return checkpoint_folders(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); look at the file system") from None
 
 
 def _check_owner(path: Path) -> None:
@@ -124,12 +117,40 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
     step = checkpoint_step(path)
     if step is not None and manifest.get("step") != step:
         raise DataError(
-            f"{path / MANIFEST}: is that of step {manifest.get('step')}; the folder was renamed, use another one"
+            f"{path / MANIFEST}: is that of step {shown(manifest.get('step'))}; the folder was renamed, use another one"
         )
-    if STATE_FILE not in manifest["files"]:
-        raise DataError(f"{path / MANIFEST}: does not list {STATE_FILE}; it is not that of a checkpoint")
+    for name in (STATE_FILE, FROZEN_FILE):
+        if name not in manifest["files"]:
+            raise DataError(f"{path / MANIFEST}: does not list {name}; it is not that of a checkpoint, use another one")
     known = {MANIFEST, *manifest["files"]}
-    for name in sorted(each.name for each in path.iterdir()):
+    for name in sorted(os.listdir(path)):
         if name not in known and not name.startswith("."):
-            raise DataError(f"{path / name}: is not in the manifest; it does not belong there, remove it")
+            raise DataError(f"{path / printable(name)}: is not in the manifest and does not belong there; remove it")
     return manifest
+
+
+def _checked_state(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The state, held against the manifest."""
+    state = read_state(path)
+    if state["step"] != manifest.get("step"):
+        raise DataError(
+            f"{path / STATE_FILE}: is that of step {state['step']}, the manifest of another; use another one"
+        )
+    missing = sorted(files_of(state) - manifest["files"].keys())
+    if missing:
+        raise DataError(
+            f"{path / STATE_FILE}: names {shown(missing[0])}, which is not in the manifest; use another one"
+        )
+    return state
+
+
+def _check_tensors(path: Path, name: str, state: dict[str, Any]) -> None:
+    """Holds the header of a file of tensors against the index."""
+    if name == STATE_FILE:
+        return
+    with TensorFile(path / name) as file:
+        for tensor, numel in tensors_of(state, name).items():
+            if numel not in (None, file.numel(tensor)):
+                raise DataError(
+                    f"{path / name}: {printable(tensor)} has {file.numel(tensor)} elements, the index says {numel}; use another one"
+                )

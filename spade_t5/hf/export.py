@@ -5,18 +5,23 @@ every file. It appears only when it is complete.
 """
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from spade_t5.checkpoint import publish, read_state, write_manifest
-from spade_t5.checkpoint.manifest import file_entry
+from safetensors import SafetensorError
+
+from spade_t5.checkpoint import load_weights_into, publish, read_state, write_manifest
+from spade_t5.checkpoint.manifest import FILE_MODE, FOLDER_MODE, file_entry
 from spade_t5.classification import SpadeT5ForSequenceClassification
-from spade_t5.errors import ConfigError
-from spade_t5.hf.loading import find_checkpoint, load_model, load_tokenizer_of
+from spade_t5.errors import ConfigError, DataError
+from spade_t5.hf.loading import build_model, find_checkpoint, load_config, load_tokenizer_of
 from spade_t5.modeling import SpadeT5ForConditionalGeneration, SpadeT5PreTrainedModel
 from spade_t5.training.reporting import METRICS_FILE, read_metrics
+
+logger = logging.getLogger("spade_t5")
 
 MODEL_CLASSES: dict[str, type[SpadeT5PreTrainedModel]] = {
     cls.__name__: cls for cls in (SpadeT5ForConditionalGeneration, SpadeT5ForSequenceClassification)
@@ -24,41 +29,69 @@ MODEL_CLASSES: dict[str, type[SpadeT5PreTrainedModel]] = {
 SCORES_FILE = "scores.json"
 
 
-def export_run(run: Path, out: Path, *, step: int | None = None, max_shard_size: str = "5GB") -> Path:
-    """Writes the model of a run, or of one of its checkpoints, to a new folder.
+def export_run(
+    run: Path, out: Path, *, step: int | None = None, is_averaged: bool = False, max_shard_size: str = "5GB"
+) -> Path:
+    """Writes the model of a run, or of one of its checkpoints, to a new folder; the run may be going on.
 
     Args:
         run: run folder, or a checkpoint in one.
         out: folder to make; it must not exist.
         step: which checkpoint of a run folder; the newest by default.
+        is_averaged: take the moving averages of the weights.
         max_shard_size: largest weights file, as Hugging Face writes sizes.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: `out` exists, `run` is no run, or the size is none.
-        DataError: the checkpoint is damaged.
+        ConfigError: `out` exists or cannot be written, `run` is no run, or the size is none.
+        DataError: the checkpoint is damaged, or holds no averages.
     """
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"--max-shard-size: {max_shard_size!r} is not a size; write it as 500MB or 5GB")
     if out.exists():
         raise ConfigError(f"--out: {out} already exists; choose another folder or remove it")
-    checkpoint = find_checkpoint(run, step)
-    if checkpoint is None:
-        raise ConfigError(f"{run}: not a run folder (it has no checkpoints/)")
-    state = read_state(checkpoint)
-    model = load_model(checkpoint, MODEL_CLASSES[state["model_class"]])
+    checkpoint, state, model = _load(run, step, is_averaged)
     temporary = out.parent / f".{out.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary, max_shard_size=max_shard_size)
-    load_tokenizer_of(checkpoint).save_pretrained(temporary)
     run_dir = checkpoint.parent.parent
-    (temporary / "README.md").write_text(model_card(state, run_dir, model.num_parameters()), encoding="utf-8")
-    write_manifest(temporary, {path.name: file_entry(path) for path in temporary.iterdir()}, kind="export")
-    publish(temporary, out)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(FOLDER_MODE, parents=True)
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        load_tokenizer_of(checkpoint).save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(state, run_dir, model.num_parameters()), encoding="utf-8")
+        for path in temporary.iterdir():
+            path.chmod(path.stat().st_mode & FILE_MODE)
+        write_manifest(temporary, {path.name: file_entry(path) for path in temporary.iterdir()}, kind="export")
+        publish(temporary, out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--out: {out} cannot be written ({reason}); free space or choose another folder") from None
     return out
+
+
+def _load(run: Path, step: int | None, is_averaged: bool) -> tuple[Path, dict[str, Any], SpadeT5PreTrainedModel]:
+    """A checkpoint with its state and model; if the run deletes it meanwhile, the next newer one."""
+    while True:
+        checkpoint = find_checkpoint(run, step)
+        if checkpoint is None:
+            raise ConfigError(f"{run}: not a run folder (it has no checkpoints/)")
+        try:
+            state = read_state(checkpoint)
+            model = build_model(MODEL_CLASSES[state["model_class"]], load_config(checkpoint), seed=0)
+            load_weights_into(model, checkpoint, is_averaged=is_averaged)
+        except DataError:
+            if checkpoint.exists():
+                raise
+            if step is not None or checkpoint == run:
+                raise DataError(
+                    f"{checkpoint}: was deleted by the run while it was read; export the newest one, or keep more checkpoints"
+                ) from None
+            logger.warning("%s: was deleted by the run while it was read, taking the newest one", checkpoint)
+        else:
+            return checkpoint, state, model.eval()
 
 
 def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str:
