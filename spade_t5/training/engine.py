@@ -14,9 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spade_t5 import ops
 from spade_t5.checkpoint import (
@@ -32,29 +30,18 @@ from spade_t5.training import distributed, samples
 from spade_t5.training.averaging import WeightAverage
 from spade_t5.training.backend import Backend, SingleProcess
 from spade_t5.training.config import TrainingConfig
-from spade_t5.training.data import Batch, BatchShape, Cursor, RowSource, TrainingRows, evaluation_batches
+from spade_t5.training.data import Batch, BatchShape, Cursor, RowSource, TrainingRows
 from spade_t5.training.deepspeed import DeepSpeedBackend, start_processes
 from spade_t5.training.host_memory import keep_freed_memory
-from spade_t5.training.objectives import LossSums, Objective, loss_by_axis
-from spade_t5.training.replicas import differing_ranks
+from spade_t5.training.objectives import Objective
 from spade_t5.training.reporting import Reporter, draw_loss_curve
 from spade_t5.training.skipping import SkippedSteps
 from spade_t5.training.spikes import SpikeDetector
+from spade_t5.training.steps import Evaluation, Steps
 from spade_t5.training.stopping import StopRequests
 from spade_t5.training.watchdog import Phase, Watchdog
 
 logger = logging.getLogger("spade_t5")
-
-
-class Evaluation(NamedTuple):
-    """Result of an evaluation."""
-
-    loss: float
-    """Per target over all held-out rows."""
-    targets: int
-    """Number of targets."""
-    loss_by: dict[str, dict[str, float]]
-    """Of every label of every axis of the objective's groups; empty without groups."""
 
 
 class Agreed(NamedTuple):
@@ -103,6 +90,7 @@ class Trainer:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         self.backend = make_backend(model, config)
         self.objective = objective
+        self._steps = Steps(self.backend, objective, seed=config.seed, micro_batch_rows=config.micro_batch_rows)
         self.config = config
         self.run_dir = run_dir
         self._train_rows, self._eval_rows = train_rows, eval_rows
@@ -125,7 +113,6 @@ class Trainer:
         self._spikes = None if config.spikes is None else SpikeDetector(config.spikes)
         self._held_out_loss: float | None = None
         self._rollbacks = 0
-        self._device = distributed.device()
         self._reporter: Reporter | None = None
         self._watchdog: Watchdog | None = None
 
@@ -179,21 +166,7 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Loss over all held-out rows."""
         assert self._eval_rows is not None
-        batches = evaluation_batches(
-            self._eval_rows,
-            micro_batch_rows=self.config.micro_batch_rows,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-        own_sums, own_targets = self._no_sums(), 0
-        self.backend.model.eval()
-        with torch.no_grad(), self.backend.forward_context():
-            for batch in batches:
-                self._enter("evaluation")
-                own_targets += self.objective.num_targets(batch)
-                own_sums += _flat(self.objective.loss_sums(self.backend.model, self._to_device(batch)))
-        targets, loss_sum, *group_sums = distributed.all_reduce_sum([own_targets, *own_sums.tolist()])
-        return Evaluation(loss_sum / max(targets, 1), int(targets), self._loss_by(group_sums))
+        return self._steps.evaluate(self._eval_rows, before_batch=lambda: self._enter("evaluation"))
 
     def _run_until_rollback(self) -> None:
         """Trains to the last step, or until the weights went back to a checkpoint and the rows must be drawn anew."""
@@ -216,15 +189,15 @@ class Trainer:
             if self._train_step(micro_batches, agreed, started):
                 return
             is_last = self._step == config.steps
-            is_ending = is_last or agreed.is_stopping
-            is_saving = is_ending or _is_due(self._step, config.save_every_steps)
             self._held_out_loss = None
+            if agreed.is_stopping:  # before an evaluation, which may outlast the grace
+                self._save(is_ending=True)
             if self._eval_rows is not None and (is_last or _is_due(self._step, config.eval_every_steps)):
                 self._report_evaluation()
             if agreed.has_written:
                 self._finish_saving()
-            if is_saving:
-                self._save(is_ending=is_ending)
+            if not agreed.is_stopping and (is_last or _is_due(self._step, config.save_every_steps)):
+                self._save(is_ending=is_last)
             if agreed.is_stopping and not is_last:
                 raise StopRequestedError(
                     f"stopped at step {self._step} on request; start the same command again to go on"
@@ -254,14 +227,17 @@ class Trainer:
     def _train_step(self, micro_batches: list[Batch], agreed: Agreed, started: float) -> bool:
         """One optimizer step; returns whether it ended in a rollback."""
         step = self._step + 1
-        sums, differing = self._forward_and_backward(micro_batches, agreed)
         factor = self.config.schedule.factor(step, self.config.steps)
-        grad_norm = self.backend.step(factor)
-        loss_sum, *group_sums = sums.tolist()
-        loss = loss_sum / max(agreed.targets, 1)
-        is_applied = math.isfinite(grad_norm)
+        result = self._steps.train(
+            micro_batches,
+            step=step,
+            num_targets=agreed.targets,
+            learning_rate_factor=factor,
+            largest_loss=self._largest_loss,
+            compares_copies=self._is_comparison_due,
+        )
         self._step, self._tokens = step, self._tokens + agreed.tokens
-        if is_applied and self._average is not None:
+        if result.is_applied and self._average is not None:
             self._average.update()
         if self._reporter is not None:
             seconds = time.monotonic() - started
@@ -269,49 +245,24 @@ class Trainer:
                 {
                     "step": step,
                     "split": "train",
-                    "loss": loss,
+                    "loss": result.loss,
                     "lr": self.config.optimizer.learning_rate * factor,
-                    "grad_norm": grad_norm,
+                    "grad_norm": result.grad_norm,
                     "targets": agreed.targets,
                     "tokens": self._tokens,
                     "tokens_per_second": agreed.tokens / seconds,
                     "seconds": seconds,
                     "samples": agreed.samples,
-                    **_group_metrics(self._loss_by(group_sums)),
+                    **_group_metrics(result.loss_by),
                 }
             )
-        if is_applied:
+        if result.is_applied:
             if self._spikes is not None:
-                self._spikes.add(loss)
+                self._spikes.add(result.loss)
             return False
-        return self._on_differing_copies(differing) if differing else self._on_skipped_step(micro_batches, loss)
-
-    def _forward_and_backward(self, micro_batches: list[Batch], agreed: Agreed) -> tuple[Tensor, dict[str, list[int]]]:
-        """Adds up the gradients of a step.
-
-        Returns:
-            the sums of the losses over all ranks and micro-batches, and the ranks whose copies of weights differ, by parameter.
-        """
-        # DeepSpeed averages gradients over ranks, hence the factor world size.
-        scale = distributed.world_size() / max(agreed.targets, 1)
-        sums = self._no_sums()
-        self.backend.model.train()
-        for micro, batch in enumerate(micro_batches):
-            self._seed(micro)
-            with self.backend.forward_context():
-                loss_sums = self.objective.loss_sums(self.backend.model, self._to_device(batch))
-            sums += _flat(loss_sums)
-            if micro < len(micro_batches) - 1:
-                self.backend.backward(loss_sums.whole * scale)
-        # Copies are compared before the update, which at ZeRO 1-3 replaces them all.
-        differing = differing_ranks(self.backend) if self._is_comparison_due else {}
-        # A loss that no rank may learn from turns the last gradient into NaN on all of them. Then one test, that of the gradient's norm,
-        # covers losses and gradients at every ZeRO stage, and nothing has to be read back from a GPU before the backward pass.
-        distributed.sum_over_ranks(sums)
-        mean_loss = sums[0] / max(agreed.targets, 1)
-        is_good = torch.isfinite(mean_loss) & (mean_loss <= self._largest_loss) & (not differing)
-        self.backend.backward(loss_sums.whole * torch.where(is_good, scale, torch.nan).to(loss_sums.whole.dtype))
-        return sums, differing
+        if result.differing_copies:
+            return self._on_differing_copies(result.differing_copies)
+        return self._on_skipped_step(micro_batches, result.loss)
 
     @property
     def _largest_loss(self) -> float:
@@ -325,7 +276,7 @@ class Trainer:
             found = []
         else:
             reason = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-            found = self._rows_without_finite_loss(micro_batches)
+            found = self._steps.samples_without_finite_loss(micro_batches, before_row=lambda: self._enter("step"))
         parts = distributed.gather_objects((found, samples.sample_numbers(micro_batches)))
         culprits = {rank: numbers for rank, (numbers, _) in enumerate(parts) if numbers}
         self._record(
@@ -345,20 +296,6 @@ class Trainer:
         if is_spike and self.config.spikes is not None and self.config.spikes.action == "rollback":
             return self._roll_back(reason, skips_data=True)
         return False
-
-    def _rows_without_finite_loss(self, micro_batches: list[Batch]) -> list[int]:
-        """Samples of this rank's rows whose loss is not finite by itself; every rank runs as many rows, as ZeRO 3 must."""
-        found: list[int] = []
-        self.backend.model.eval()
-        with torch.no_grad(), self.backend.forward_context():
-            for batch in micro_batches:
-                for row in range(len(next(iter(batch.values())))):
-                    alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-                    self._enter("step")
-                    sums = self.objective.loss_sums(self.backend.model, self._to_device(alone))
-                    if not math.isfinite(float(sums.whole)):
-                        found += samples.sample_numbers([alone])
-        return found
 
     @property
     def _is_comparison_due(self) -> bool:
@@ -484,10 +421,6 @@ class Trainer:
     def _merged(self, cursor: Cursor) -> Cursor:
         return self._train_rows.merge_cursors(distributed.gather_objects(cursor))
 
-    def _seed(self, micro: int) -> None:
-        seeds = np.random.SeedSequence([self.config.seed, self._step + 1, micro, distributed.rank()])
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-
     def _enter(self, phase: Phase) -> None:
         if self._watchdog is not None:
             self._watchdog.enter(phase, self._step)
@@ -495,16 +428,6 @@ class Trainer:
     def _record(self, event: str, **values: Any) -> None:
         if self._reporter is not None:
             self._reporter.event({"event": event, "step": self._step, **values})
-
-    def _no_sums(self) -> Tensor:
-        return torch.zeros(1 + 2 * len(self.objective.groups), dtype=torch.float64, device=self._device)
-
-    def _loss_by(self, group_sums: list[float]) -> dict[str, dict[str, float]]:
-        pairs = zip(group_sums[::2], group_sums[1::2], strict=True)
-        return loss_by_axis(self.objective.groups, pairs)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def start(config: TrainingConfig) -> None:
@@ -531,11 +454,6 @@ def make_backend(model: nn.Module, config: TrainingConfig) -> Backend:
     if config.deepspeed is not None:
         return DeepSpeedBackend(model, config)
     return SingleProcess(model, config)
-
-
-def _flat(sums: LossSums) -> Tensor:
-    """All sums in one float64 vector, so that they travel together."""
-    return torch.cat([sums.whole.detach().double()[None], sums.by_group.flatten()])
 
 
 def _group_metrics(loss_by: dict[str, dict[str, float]]) -> dict[str, Any]:
