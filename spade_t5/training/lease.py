@@ -152,6 +152,9 @@ class Lease:
         try:
             os.write(descriptor, self._content())
             os.fsync(descriptor)
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
         finally:
             os.close(descriptor)
         return True
