@@ -25,6 +25,7 @@ from spade_t5.checkpoint import (
     load_checkpoint,
     take_snapshot,
 )
+from spade_t5.checkpoint.request import take_request
 from spade_t5.errors import ConfigError, RunAbortedError, SaveError, StopRequestedError
 from spade_t5.training import distributed, samples
 from spade_t5.training.averaging import WeightAverage
@@ -51,6 +52,8 @@ class Agreed(NamedTuple):
     tokens: int
     is_stopping: bool
     """Some rank was asked to stop."""
+    is_save_requested: bool
+    """`spade-t5 export --now` asked for a checkpoint."""
     has_written: bool
     """The checkpoint in flight has ended on every rank."""
     samples: str
@@ -196,7 +199,8 @@ class Trainer:
                 self._report_evaluation()
             if agreed.has_written:
                 self._finish_saving()
-            if not agreed.is_stopping and (is_last or _is_due(self._step, config.save_every_steps)):
+            is_save_due = is_last or agreed.is_save_requested or _is_due(self._step, config.save_every_steps)
+            if is_save_due and not agreed.is_stopping:
                 self._save(is_ending=is_last)
             if agreed.is_stopping and not is_last:
                 raise StopRequestedError(
@@ -207,11 +211,13 @@ class Trainer:
             self._enter("data")
 
     def _agree(self, micro_batches: list[Batch]) -> Agreed:
-        targets, tokens, stopping, written, *parts = distributed.all_reduce_sum(
+        is_save_requested = distributed.is_main() and take_request(self.run_dir)
+        targets, tokens, stopping, requested, written, *parts = distributed.all_reduce_sum(
             [
                 sum(self.objective.num_targets(batch) for batch in micro_batches),
                 sum(_num_input_tokens(batch) for batch in micro_batches),
                 float(self._stops.is_stopping),
+                float(is_save_requested),
                 float(self._saver.is_finished),
                 *samples.digest_parts(samples.sample_numbers(micro_batches)),
             ]
@@ -220,6 +226,7 @@ class Trainer:
             targets=int(targets),
             tokens=int(tokens),
             is_stopping=stopping > 0,
+            is_save_requested=requested > 0,
             has_written=written == distributed.world_size(),
             samples=samples.digest(parts),
         )

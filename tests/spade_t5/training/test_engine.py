@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from spade_t5.checkpoint import list_checkpoints, read_weights
+from spade_t5.checkpoint.request import request_checkpoint
 from spade_t5.errors import StopRequestedError
 from spade_t5.training.data import Batch, NumberedRows
 from spade_t5.training.engine import Trainer
@@ -190,6 +191,51 @@ def test_sigterm_saves_at_the_next_step_boundary(make_trainer: MakeTrainer, rand
     resumed.resume(tmp_path / "run" / "checkpoints" / "step-00000002")
     resumed.fit()
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_a_checkpoint_is_made_when_one_is_asked_for(
+    make_trainer: MakeTrainer, random_rows: Any, tmp_path: Path
+) -> None:
+    class AskingRows(random_rows):  # type: ignore[misc]
+        """Asks while step 2 is being prepared."""
+
+        def collate(self, row_numbers: Sequence[int]) -> Batch:
+            if 8 in row_numbers:
+                request_checkpoint(tmp_path / "run")
+            return super().collate(row_numbers)
+
+    make_trainer(tmp_path / "run", train_rows=AskingRows()).fit()
+    names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["step-00000002", "step-00000004"]
+
+
+def test_the_clock_stops_a_run(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    with pytest.raises(StopRequestedError, match="stopped at step 1 on request"):
+        make_trainer(tmp_path / "run", max_wall_seconds=0.001).fit()
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
+
+
+def test_averaged_weights_are_those_of_the_formula(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", ema_decay=0.5, save_every_steps=1, keep_checkpoints=9).fit()
+    paths = list_checkpoints(tmp_path / "run" / "checkpoints")
+    initial = dict(make_trainer(tmp_path / "fresh").backend.module.named_parameters())
+    average = {name: tensor.detach().clone() for name, tensor in initial.items()}
+    for path in paths:
+        weights = read_weights(path)
+        average = {name: 0.5 * tensor + 0.5 * weights[name] for name, tensor in average.items()}
+        saved = read_weights(path, is_averaged=True)
+        for name, tensor in average.items():
+            torch.testing.assert_close(saved[name], tensor, rtol=1e-6, atol=1e-8)
+    assert any(not torch.equal(saved[name], weights[name]) for name in weights)
+
+
+def test_held_out_loss_decides_which_checkpoints_stay(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    settings = {"steps": 8, "save_every_steps": 1, "eval_every_steps": 1, "keep_checkpoints": 1, "keep_best": 2}
+    make_trainer(tmp_path / "run", optimizer=SGDConfig(learning_rate=1.0), **settings).fit()
+    held_out = {m["step"]: m["loss"] for m in read_metrics(tmp_path / "run") if m["split"] == "validation"}
+    best = sorted(held_out, key=held_out.__getitem__)[:2]
+    kept = [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert kept == sorted({*best, 8})
 
 
 def test_bf16_autocast_keeps_fp32_weights(make_trainer: MakeTrainer, tmp_path: Path) -> None:
