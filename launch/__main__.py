@@ -1,11 +1,17 @@
-"""`python -m spade_t5.launch`, which torchrun and `accelerate launch` start on every rank."""
+"""`python -m spade_t5.launch`, which launchers start on every rank."""
 
 import sys
+import traceback
 
-from spade_t5.launch.cli import main
+from spade_t5.launch.cli import EXIT_FAULT, EXIT_STOPPED, is_launched, main
 from spade_t5.training import distributed
 
-code = main()
-if distributed.launched_world_size() > 1:
-    distributed.end_process(code)
-sys.exit(code)
+if distributed.launched_world_size() == 1 and not is_launched():
+    sys.exit(main())
+try:
+    code = main()
+except Exception:
+    traceback.print_exc()
+    code = EXIT_FAULT
+# torchrun takes any other code for a failure and ends the other ranks, which may still be at their last files.
+distributed.end_process(0 if is_launched() and code == EXIT_STOPPED else code)

@@ -6,12 +6,17 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import torch
 
-from spade_t5.errors import StopRequestedError, UserError
+from spade_t5.errors import RunAbortedError, StopRequestedError, UserError
+from spade_t5.launch.rank import FOLDER_VARIABLE
+from spade_t5.launch.requirements import check_requirements
 from spade_t5.training import distributed
+from spade_t5.training.outcome import record_outcome, record_outcomes_in
 
 COMMANDS = {
     "tokenizer": "train a SentencePiece tokenizer with sentinels, or take over an existing one",
@@ -19,6 +24,7 @@ COMMANDS = {
     "plan": "say what a pretraining run would do: lengths, shares, sentinels, rows",
     "pretrain": "pretrain a model on a token store",
     "finetune": "fine-tune a model on a task",
+    "launch": "start a run on several processes, and again when one of them dies",
     "evaluate": "score a model on a task",
     "export": "write a run's model as a Hugging Face folder",
     "convert": "T5 1.1 or LongT5 to SPADE-T5, and back",
@@ -29,6 +35,7 @@ COMMANDS = {
 }
 """Name to summary; each is a module of `spade_t5.launch.commands` with `add_arguments` and `run`."""
 
+EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 
@@ -62,18 +69,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"spade_t5.launch.commands.{words.command}")
     command_parser = OneLineErrorParser(prog=f"spade-t5 {words.command}", description=module.__doc__)
     module.add_arguments(command_parser)
+    if is_launched():
+        record_outcomes_in(Path(os.environ[FOLDER_VARIABLE]))
     try:
-        hands_on_words = getattr(module, "HANDS_ON_WORDS", False)
-        parse = command_parser.parse_args if hands_on_words else command_parser.parse_intermixed_args
-        module.run(parse(words.arguments))
-    except UserError as error:
-        if is_main:
-            print(f"spade-t5 {words.command}: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except StopRequestedError as stop:
-        if is_main:
-            print(f"spade-t5 {words.command}: {stop}", file=sys.stderr)
-        return EXIT_STOPPED
+        code, message = _run(module, command_parser, words.arguments)
+        record_outcome(code, message)
+    except Exception as error:
+        is_consequence = distributed.is_peer_failure(error)
+        record_outcome(EXIT_FAULT, f"{type(error).__name__}: {error}", is_consequence=is_consequence)
+        raise
     finally:
         distributed.shutdown()
-    return 0
+    if message and is_main and not is_launched():
+        print(f"spade-t5 {words.command}: {message}", file=sys.stderr)
+    return code
+
+
+def _run(module: ModuleType, parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[int, str]:
+    """Runs a command; returns its exit code, and what there is to say about it."""
+    try:
+        check_requirements()
+        hands_on_words = getattr(module, "HANDS_ON_WORDS", False)
+        parse = parser.parse_args if hands_on_words else parser.parse_intermixed_args
+        code = module.run(parse(words))
+    except UserError as error:
+        return EXIT_USER_ERROR, str(error)
+    except RunAbortedError as error:
+        return EXIT_FAULT, str(error)
+    except StopRequestedError as stop:
+        return EXIT_STOPPED, str(stop)
+    except KeyboardInterrupt:
+        return EXIT_STOPPED, "interrupted; start the same command again to go on"
+    return code or 0, ""
+
+
+def is_launched() -> bool:
+    """Whether this process is a rank of `spade-t5 launch`, which shows how its ranks ended."""
+    return FOLDER_VARIABLE in os.environ

@@ -1,4 +1,4 @@
-"""Fine-tune a model on a task, score it and export it; start it under torchrun or `accelerate launch` for several processes."""
+"""Fine-tune a model on a task, score it and export it; several processes are started by `spade-t5 launch`."""
 
 import argparse
 
@@ -13,9 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, kind="finetune", example="model.init_from=runs/pretrain")
 
 
+def read_config(arguments: argparse.Namespace) -> FinetuneConfig:
+    """The run that the arguments describe."""
+    return load_recipe(FinetuneConfig, arguments.config, arguments.overrides, kind="finetune")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    config = load_recipe(FinetuneConfig, arguments.config, arguments.overrides, kind="finetune")
-    run_dir = finetune(config, resume=resume_of(arguments))
+    run_dir = finetune(read_config(arguments), resume=resume_of(arguments))
     if distributed.is_main():
         print(run_dir)

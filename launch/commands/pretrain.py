@@ -1,4 +1,4 @@
-"""Pretrain a model on a token store; start it under torchrun or `accelerate launch` for several processes."""
+"""Pretrain a model on a token store; several processes are started by `spade-t5 launch`."""
 
 import argparse
 
@@ -12,9 +12,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, kind="pretrain", example="training.steps=1000")
 
 
+def read_config(arguments: argparse.Namespace) -> PretrainConfig:
+    """The run that the arguments describe."""
+    return load_recipe(PretrainConfig, arguments.config, arguments.overrides, kind="pretrain")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    config = load_recipe(PretrainConfig, arguments.config, arguments.overrides, kind="pretrain")
-    run_dir = pretrain(config, resume=resume_of(arguments))
+    run_dir = pretrain(read_config(arguments), resume=resume_of(arguments))
     if distributed.is_main():
         print(run_dir)

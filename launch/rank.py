@@ -1,0 +1,71 @@
+"""What `spade-t5 launch` has torchrun start as every rank: ties the process to its launcher, then becomes `python -m spade_t5.launch`.
+
+It runs as a script, before anything of this package or PyTorch is imported: a launcher that dies while its ranks import them must not leave them
+behind, and what goes wrong in those seconds belongs into the rank's log as well. So it knows nothing but the standard library.
+"""
+
+import ctypes
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+FOLDER_VARIABLE = "SPADE_T5_RANK_FOLDER"
+"""Folder of this machine and attempt: process ids of the ranks, and how they ended."""
+LOGS_VARIABLE = "SPADE_T5_RANK_LOGS"
+"""Folder of the ranks' standard output and error."""
+LAUNCHER_VARIABLE = "SPADE_T5_LAUNCHER_PID"
+"""Process id of the launcher, whose child torchrun is, whose children the ranks are."""
+
+PR_SET_PDEATHSIG = 1
+
+
+def output_files(logs: Path, rank: int) -> tuple[Path, Path]:
+    """Files of a rank's standard output and standard error."""
+    return logs / f"rank-{rank:05d}.out", logs / f"rank-{rank:05d}.err"
+
+
+def parent_of(pid: int) -> int | None:
+    """Process id of a process's parent; None if it does not run."""
+    try:
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in "ZX" else int(parent)
+
+
+def die_with(process: int, *, as_grandparent: bool = False) -> None:
+    """Asks the kernel to kill this process when its parent dies, and ends it if that happened already.
+
+    Args:
+        process: process id that the parent must have, or the parent's parent.
+        as_grandparent: whether it is the parent's parent.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = os.getppid()
+    if (parent_of(parent) if as_grandparent else parent) != process:
+        os._exit(1)
+
+
+def main() -> None:
+    """Begins a rank."""
+    # torchrun ignores these, so that a scheduler that signals every process does not break it off; what is ignored is inherited.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    die_with(int(os.environ[LAUNCHER_VARIABLE]), as_grandparent=True)
+    rank = int(os.environ["RANK"])
+    for stream, path in enumerate(output_files(Path(os.environ[LOGS_VARIABLE]), rank), 1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, stream)
+        os.close(file)
+    Path(os.environ[FOLDER_VARIABLE], f"rank-{rank}.pid").write_text(str(os.getpid()))
+    sys.path[0] = os.getcwd()  # as `python -m` has it, instead of the folder of this file
+    runpy.run_module("spade_t5.launch", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
