@@ -9,7 +9,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 # The oldest Triton that is supported, beside everything else of $(VENV): its compiler differs, so kernels are compiled by both.
 TRITON_MIN := .venv-triton-min
 
-.PHONY: demo test lint types triton-min bench-step bench-kernels clean
+.PHONY: demo test test-faults lint types triton-min bench-step bench-kernels clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ demo: $(INSTALLED)  ## the whole story: tokenizer, store, pretraining, fine-tuni
 
 test: $(INSTALLED)  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-faults: $(INSTALLED)  ## kills and resumes by the hundred; writes docs/results/faults.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m spade_t5.testing.kill_campaign --kills 100 --out docs/results
 
 triton-min: $(TRITON_MIN)/.installed  ## environment with the oldest supported Triton, for the compile tests
 

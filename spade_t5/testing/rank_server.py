@@ -28,7 +28,14 @@ PRELOADED = (
     "spade_t5.launch.cli",
     "spade_t5.launch.commands.pretrain",
     "spade_t5.launch.commands.finetune",
+    "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "pandas",
+    # what DeepSpeed imports when an engine is made
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
 )
 """Modules that a rank would otherwise import in seconds; those that are not installed are left out."""
 EXIT_CODES = "exit_codes.json"
@@ -167,7 +174,3 @@ def _redirect(out: Path, err: Path) -> None:
 def _process_control(option: int, value: int) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl {option}")
-
-
-if __name__ == "__main__":
-    serve()

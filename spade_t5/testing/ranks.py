@@ -210,7 +210,7 @@ class _Server:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "spade_t5.testing.rank_server"],
+            [sys.executable, "-c", "from spade_t5.testing.rank_server import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **SERVER_ENVIRONMENT},

@@ -1,0 +1,18 @@
+"""Pretraining killed at random moments ends exactly where undisturbed pretraining ends.
+
+Twelve kills here; `make test-faults` makes a hundred, and records them in docs/results/faults.json.
+"""
+
+from pathlib import Path
+
+from spade_t5.testing.kill_campaign import CONFIGURATIONS, KINDS, run_campaign
+
+NUM_KILLS = 12
+
+
+def test_twelve_kills_leave_no_trace(tmp_path: Path, stores: list[Path]) -> None:
+    results = run_campaign(tmp_path, stores, num_kills=NUM_KILLS, seed=1)
+    assert results["num_kills"] == NUM_KILLS
+    assert results["num_inside_write"] >= NUM_KILLS / 4
+    assert results["by_kind"].keys() == KINDS.keys()
+    assert results["runs_identical_to_undisturbed"] >= len(CONFIGURATIONS)
