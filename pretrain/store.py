@@ -263,10 +263,7 @@ class StoreSplit:
         """
         for number, shard in enumerate(self.shards):
             file = self.path / shard.file
-            try:
-                values, offsets = self._map(number)
-            except (ValueError, KeyError, AttributeError):  # pyarrow's errors of format are ValueErrors
-                raise DataError(f"{file}: no shard of a token store; make the store again") from None
+            values, offsets = self._map(number)
             found = (len(offsets) - 1, len(values), int(offsets[-1]), values.dtype)
             if found != (shard.num_documents, shard.num_tokens, shard.num_tokens, self.dtype):
                 raise DataError(
@@ -300,9 +297,14 @@ class StoreSplit:
         if shard not in self._mapped:
             import pyarrow
 
-            with pyarrow.memory_map(str(self.path / self.shards[shard].file)) as source:
-                column = pyarrow.ipc.open_file(source).get_batch(0).column(0)
-            self._mapped[shard] = (column.values.to_numpy(), column.offsets.to_numpy())
+            file = self.path / self.shards[shard].file
+            try:
+                with pyarrow.memory_map(str(file)) as source:
+                    column = pyarrow.ipc.open_file(source).get_batch(0).column(0)
+                column.validate()  # what Arrow reads may point outside of the file
+                self._mapped[shard] = (column.values.to_numpy(), column.offsets.to_numpy())
+            except (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError):
+                raise DataError(f"{file}: no shard of a token store; make the store again") from None
         return self._mapped[shard]
 
 

@@ -86,10 +86,9 @@ def read_pydocs(
     found: dict[str, list[PyDoc]] = {}
     missing: list[str] = []
     for name in sorted(wanted):
-        cached = _cache_file(cache_dir, sources[name]) if cache_dir is not None else None
-        if cached is not None and cached.is_file():
-            with cached.open(encoding="utf-8") as file:
-                found[name] = [PyDoc(*json.loads(line)) for line in file]
+        cached = None if cache_dir is None else _read_cache(_cache_file(cache_dir, sources[name]))
+        if cached is not None:
+            found[name] = cached
         else:
             missing.append(name)
     if missing:
@@ -202,6 +201,16 @@ def _cache_file(cache_dir: Path, source: _Source) -> Path:
         [_FORMAT, sys.version_info[:2], source.package, [[module, size] for _, module, size in source.files]]
     )
     return cache_dir / f"pydocs-{source.package}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
+
+
+def _read_cache(path: Path) -> list[PyDoc] | None:
+    """What is kept of a package; None if nothing is, or something else stands there."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            docs = [PyDoc(*json.loads(line)) for line in file]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return docs if all(isinstance(value, str) for doc in docs for value in doc) else None
 
 
 def _write_cache(path: Path, docs: Sequence[PyDoc]) -> None:

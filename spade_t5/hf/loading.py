@@ -165,7 +165,7 @@ def _model_folder(path: str | Path, files: Sequence[str]) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    if not Path(path).exists() and str(path).count("/") != 1:
+    if not Path(path).exists() and str(path).partition("@")[0].count("/") != 1:
         raise ConfigError(f"{path}: no such folder; give a run folder, an exported model, or a name on the hub")
     folder = local_folder(path, files=files)
     if not (folder / CONFIG).exists():
