@@ -81,7 +81,12 @@ def whole_file(path: Path, *, scratch: Path | None = None) -> Iterator[BinaryIO]
 def write_manifest(folder: Path, entries: dict[str, dict[str, Any]], **facts: Any) -> None:
     """Writes `manifest.json` over the files named in `entries` (from `file_entry`), with further `facts`."""
     content = {**facts, "files": dict(sorted(entries.items()))}
-    write_small(folder / MANIFEST, json.dumps({**content, "sha256": content_hash(content)}, indent=1).encode())
+    write_small(folder / MANIFEST, _rendered(content))
+
+
+def _rendered(content: dict[str, Any]) -> bytes:
+    """The only text that a manifest of this content may have."""
+    return json.dumps({**content, "sha256": content_hash(content)}, indent=1).encode()
 
 
 def write_small(path: Path, content: bytes) -> dict[str, Any]:
@@ -109,14 +114,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        content = read_json(path)
-        own_hash = content.pop("sha256")
+        text = read_small(path)
+        content = json.loads(text)
+        del content["sha256"]
         names = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DataError(
             f"{path}: missing or unreadable; the folder was not written completely, use another one"
         ) from None
-    if own_hash != content_hash(content):
+    if text != _rendered(content):
         raise DataError(f"{path}: its content does not match its own hash; the folder is damaged, use another one")
     for name in names:
         if not is_plain_name(name):
@@ -124,24 +130,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def read_json(path: Path) -> Any:
-    """JSON of a plain file of reasonable size.
+def read_small(path: Path) -> bytes:
+    """Content of a plain file of reasonable size.
 
     Raises:
         OSError: it cannot be read, or is a link.
-        ValueError: it is no JSON, or larger than `MAX_JSON_BYTES`.
-        RecursionError: it is nested too deeply.
+        ValueError: it is larger than `MAX_JSON_BYTES`.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         content = file.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
-    return json.loads(content)
+    return content
 
 
 def is_plain_name(name: str) -> bool:
     """Whether a name from a file means a file of the same folder: no path, no `..`, nothing unprintable."""
-    return Path(name).name == name and name != ".." and name.isprintable()
+    return name not in ("", "..") and Path(name).name == name and name.isprintable()
 
 
 def check_file(folder: Path, name: str, entry: dict[str, Any]) -> None:

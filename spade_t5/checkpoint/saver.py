@@ -213,7 +213,8 @@ class CheckpointSaver:
         try:
             answers = _gather((value, problem), self._group)
         except RuntimeError as error:
-            raise SaveError(f"{what}: {problem or 'a rank is gone'} ({error})") from None
+            reason = "the ranks lost each other" if problem is None else problem.message
+            raise SaveError(f"{what}: {reason} ({error})") from None
         for _, found in answers:
             if found is not None:
                 raise RunAbortedError(found.message) if found.is_forbidden else SaveError(found.message)

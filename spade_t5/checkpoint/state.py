@@ -4,12 +4,13 @@ It is read from disk and therefore not trusted: names must be plain, the pieces 
 numbers, before any of it is used.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from spade_t5.checkpoint.manifest import is_plain_name, read_json
+from spade_t5.checkpoint.manifest import is_plain_name, read_small
 from spade_t5.errors import DataError
 from spade_t5.messages import shown
 
@@ -69,7 +70,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     file = path / STATE_FILE
     try:
-        content = read_json(file)
+        content = json.loads(read_small(file))
     except (OSError, ValueError, RecursionError):
         raise DataError(f"{file}: missing or unreadable; use another checkpoint") from None
     if not isinstance(content, dict):
