@@ -4,6 +4,7 @@ Weights are read from safetensors alone and settings from JSON. Nothing in a fol
 is read through it. What is named on the hub is fetched first, and no other file than those that are read.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spade_t5.checkpoint.manifest import is_plain_name, read_json
+from spade_t5.checkpoint.manifest import is_plain_name
 from spade_t5.checkpoint.tensor_file import TensorFile
 from spade_t5.errors import ConfigError, DataError, UserError
 from spade_t5.messages import one_line, shown
@@ -37,6 +38,7 @@ CODE_KEYS = (
 )
 """Settings by which a folder asks for code that is not in it, or not of the installed libraries."""
 
+_MAX_JSON_BYTES = 2**24
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@(?P<revision>[\w][\w./-]*))?")
 
@@ -98,7 +100,11 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
         DataError: it cannot be read, or asks for code.
     """
     try:
-        content = read_json(plain_file(folder, name))
+        with plain_file(folder, name).open("rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+        if len(text) > _MAX_JSON_BYTES:
+            raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
+        content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         reason = one_line(" ".join(str(error).split()), max_bytes=200)
         raise DataError(f"{folder / name}: not readable as JSON ({reason}); use another model") from None
