@@ -25,6 +25,9 @@ HELD_OUT_LOSS = "held_out_loss"
 """The fact that says how good a checkpoint is, where its step was evaluated; the manifest has it too."""
 FACT_TYPES: dict[str, type | tuple[type, ...]] = {
     "tokens": int,
+    "cursor": dict,
+    "skipped_steps": list,
+    "losses": list,
     "config": dict,
     "model_config": dict,
     "model_class": str,

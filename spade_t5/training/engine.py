@@ -28,6 +28,7 @@ from spade_t5.checkpoint import (
 from spade_t5.checkpoint.request import take_request
 from spade_t5.errors import ConfigError, RunAbortedError, SaveError, StopRequestedError
 from spade_t5.training import distributed, samples
+from spade_t5.training.agreement import on_main
 from spade_t5.training.averaging import WeightAverage
 from spade_t5.training.backend import Backend, SingleProcess
 from spade_t5.training.config import TrainingConfig
@@ -405,17 +406,9 @@ class Trainer:
         """Refuses to start where two checkpoints do not fit.
 
         Raises:
-            ConfigError: on all ranks, the main rank's finding.
+            ConfigError: on all ranks.
         """
-        problem = None
-        if distributed.is_main():
-            try:
-                check_free_space(self.run_dir / "checkpoints", self._checkpoint_bytes())
-            except ConfigError as error:
-                problem = error
-        for found in distributed.gather_objects(problem):
-            if found is not None:
-                raise found
+        on_main(lambda: check_free_space(self.run_dir / "checkpoints", self._checkpoint_bytes()))
 
     def _checkpoint_bytes(self) -> int:
         """About how large a checkpoint will be."""
