@@ -17,9 +17,9 @@ from spade_t5.errors import StopRequestedError
 from spade_t5.training.data import Batch, NumberedRows
 from spade_t5.training.engine import Trainer
 from spade_t5.training.objectives import Seq2SeqObjective
-from spade_t5.training.optimizers import SGDConfig
+from spade_t5.training.optimizers import AdafactorConfig, RMSScaledAdamWConfig, SGDConfig
 from spade_t5.training.reporting import read_metrics
-from spade_t5.training.schedules import LinearSchedule
+from spade_t5.training.schedules import CosineSchedule, InverseSqrtSchedule, LinearSchedule
 
 MakeTrainer = Callable[..., Trainer]
 DROPOUT = {"dropout_rate": 0.1}
@@ -35,7 +35,7 @@ def last_weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(run_dir: Path, other: Path) -> None:
     """Bit for bit: losses, gradient norms and final weights."""
-    for key in ("loss", "grad_norm", "targets"):
+    for key in ("loss", "grad_norm", "lr", "samples", "targets"):
         losses = train_metrics(run_dir, key)
         assert losses == train_metrics(other, key)[-len(losses) :]
     weights, expected = last_weights(run_dir), last_weights(other)
@@ -57,7 +57,18 @@ def test_loss_does_not_depend_on_accumulation(micro_batch_rows: int, make_traine
         assert (weights[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"precision": "bf16_autocast"}, {"loader_workers": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16_autocast"},
+        {"loader_workers": 1},
+        {"optimizer": RMSScaledAdamWConfig(), "schedule": CosineSchedule(warmup_steps=2), "ema_decay": 0.9},
+        {"optimizer": AdafactorConfig(), "schedule": InverseSqrtSchedule(warmup_steps=2)},
+        {"optimizer": SGDConfig(learning_rate=0.1, momentum=0.9), "schedule": LinearSchedule()},
+    ],
+    ids=["plain", "bf16_autocast", "worker", "rms-scaled-cosine-ema", "adafactor-inverse-sqrt", "momentum-linear"],
+)
 def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(
     settings: dict[str, Any], make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
