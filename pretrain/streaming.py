@@ -120,6 +120,8 @@ class StreamingData:
             eval_rows=HeldOutRows(pairs, vocabulary, seed=seed, max_rows=self.max_eval_rows),
             groups=train_rows.renderer.groups,
             fingerprint={
+                "num_files": len(corpus.files),
+                "num_bytes": sum(file.num_bytes or 0 for file in corpus.files),
                 "corpus": content_hash(corpus.fingerprint),
                 "tokenizer": tokenizer_hash(tokenizer),
                 "lanes": self.lanes,

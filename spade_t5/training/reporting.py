@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spade_t5.errors import RunAbortedError
+from spade_t5.messages import OneLineFormatter
 
 logger = logging.getLogger("spade_t5")
 
@@ -67,7 +68,7 @@ class Reporter:
         self._events = _Lines(run_dir / EVENTS_FILE)
         self._tensorboard = _tensorboard_writer(run_dir / "tensorboard")
         self._log_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
-        self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._log_file.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(self._log_file)
         console = Console(stderr=True)
         self._progress = Progress(

@@ -153,21 +153,25 @@ def check_can_be_allowed(name: str, keys: Sequence[str] | set[str]) -> None:
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value of a nested mapping.
+    """Dotted key to value of nested mappings and lists.
 
-    >>> leaves({"training": {"steps": 3, "deepspeed": None}})
-    {'training.steps': 3, 'training.deepspeed': None}
+    >>> leaves({"training": {"steps": 3, "deepspeed": None}, "stores": ["a", "b"]})
+    {'training.steps': 3, 'training.deepspeed': None, 'stores[0]': 'a', 'stores[1]': 'b'}
     """
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
     found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            found |= leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, (list, tuple)):
+        for number, value in enumerate(tree):
+            found |= leaves(value, f"{prefix}[{number}]")
+    else:
+        found[prefix] = tree
     return found
 
 
 def _is_below(key: str, name: str) -> bool:
-    return key == name or key.startswith(f"{name}.")
+    return key == name or key.startswith((f"{name}.", f"{name}["))
 
 
 def _is_free_length(key: str, old: ConfigDict, new: ConfigDict) -> bool:

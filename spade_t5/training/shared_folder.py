@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spade_t5.checkpoint.manifest import sync, whole_file
 from spade_t5.errors import ConfigError
+from spade_t5.messages import printable
 from spade_t5.training import distributed
 from spade_t5.training.agreement import on_every_rank, on_main
 
@@ -23,6 +24,21 @@ def make_folder(run_dir: Path) -> list[Path]:
     Raises:
         ConfigError: it cannot be made, or it is not a folder of its own.
     """
+    made: list[Path] = []
+    try:
+        _check_plain(run_dir)
+        for folder in (*reversed(run_dir.parents), run_dir):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                made.insert(0, folder)
+    except (OSError, ValueError) as error:  # a name that no file can have
+        remove_empty(made)
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"run_dir: {printable(run_dir)} cannot be made ({reason}); choose another folder") from None
+    return made
+
+
+def _check_plain(run_dir: Path) -> None:
     for path in (run_dir, run_dir / "checkpoints"):
         if path.is_symlink():
             target = os.path.realpath(path)
@@ -31,13 +47,6 @@ def make_folder(run_dir: Path) -> list[Path]:
             )
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run_dir: {path} is a file; choose another folder")
-    missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        remove_empty(missing)
-        raise ConfigError(f"run_dir: {run_dir} cannot be made ({error.strerror}); choose another folder") from None
-    return missing
 
 
 def _remedy(path: Path, run_dir: Path, target: str) -> str:

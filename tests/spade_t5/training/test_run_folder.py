@@ -1,20 +1,29 @@
 """Where a run goes on, what is checked before it begins, and what is written when."""
 
+import ctypes
 import logging
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch import nn
 
 from spade_t5.checkpoint import save_checkpoint
 from spade_t5.config import read_yaml
-from spade_t5.errors import ConfigError, DataError
-from spade_t5.testing import documented
+from spade_t5.errors import ConfigError, DataError, RunAbortedError
+from spade_t5.testing import call_on_ranks, documented, launch_ranks
 from spade_t5.training.backend import SingleProcess
 from spade_t5.training.config import TrainingConfig
+from spade_t5.training.lease import LEASE_FILE
 from spade_t5.training.provenance import provenance
-from spade_t5.training.run_folder import Resume, find_resume_point, open_run_folder
+from spade_t5.training.run_folder import Resume, RunFolder, find_resume_point, open_run_folder
+from spade_t5.training.shared_folder import check_shared
 
 CONFIG: dict[str, Any] = {
     "run_dir": "a",
@@ -46,10 +55,11 @@ def begin(run_dir: Path, config: dict[str, Any] = CONFIG, resume: Resume = Resum
 
 def refused(run_dir: Path, resume: Resume = Resume(), config: dict[str, Any] = CONFIG) -> str:  # noqa: B008
     """What a run is refused with; the folder stays as it was."""
-    before = contents(run_dir.parent)
+    place = next(folder for folder in run_dir.parents if folder.exists())
+    before = contents(place)
     with pytest.raises((ConfigError, DataError)) as caught:
         begin(run_dir, config, resume)
-    assert contents(run_dir.parent) == before
+    assert contents(place) == before
     message = str(caught.value)
     assert "\n" not in message
     documented(message)
@@ -86,3 +96,319 @@ def test_the_resolved_config_is_written(tmp_path: Path) -> None:
     begin(tmp_path / "deep" / "run")
     assert read_yaml(tmp_path / "deep" / "run" / "config.yaml") == CONFIG
     assert {path.name for path in (tmp_path / "deep" / "run").iterdir()} == {"config.yaml", "checkpoints", "logs"}
+
+
+def test_a_refused_run_leaves_no_folder_and_no_parents(tmp_path: Path) -> None:
+    def train(folder: RunFolder) -> None:
+        assert (folder.path / LEASE_FILE).exists()
+        raise DataError("no text")
+
+    with pytest.raises(DataError, match="no text"), open_run_folder(tmp_path / "deep" / "run", Resume()) as folder:
+        train(folder)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DataError, match="no text"), open_run_folder(tmp_path / "mine", Resume()):
+        raise DataError("no text")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # which was there before
+
+
+def make_file(place: Path) -> str:
+    (place / "run").write_text("")
+    return "run is a file; choose another folder"
+
+
+def make_link(place: Path) -> str:
+    (place / "elsewhere").mkdir()
+    (place / "run").symlink_to(place / "elsewhere")
+    return f"run is a symbolic link to {place / 'elsewhere'}; give run_dir={place / 'elsewhere'}, so that"
+
+
+def make_dangling_link(place: Path) -> str:
+    (place / "run").symlink_to(place / "nowhere")
+    return f"run is a symbolic link to {place / 'nowhere'}; give run_dir={place / 'nowhere'}, so that"
+
+
+def make_file_above(place: Path) -> str:
+    (place / "run").mkdir()
+    (place / "run" / "checkpoints").write_text("")
+    return "checkpoints is a file; choose another folder"
+
+
+def make_linked_checkpoints(place: Path) -> str:
+    (place / "elsewhere").mkdir()
+    (place / "run").mkdir()
+    (place / "run" / "checkpoints").symlink_to(place / "elsewhere")
+    return f"checkpoints is a symbolic link to {place / 'elsewhere'}; move the checkpoints into the run folder"
+
+
+@pytest.mark.parametrize("make", [make_file, make_link, make_dangling_link, make_file_above, make_linked_checkpoints])
+def test_a_folder_that_is_none_of_its_own(make: Callable[[Path], str], tmp_path: Path) -> None:
+    message = make(tmp_path)
+    assert message in refused(tmp_path / "run")
+
+
+def test_a_folder_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be made (Not a directory); choose another folder" in refused(tmp_path / "file" / "run")
+    assert "cannot be made (File name too long)" in refused(tmp_path / "deep" / ("x" * 300))
+    assert "a\\x00b cannot be made (" in refused(tmp_path / "deep" / "a\0b")
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_read_only_disk(is_new: bool, mounted: Callable[[str], Path]) -> None:
+    place = mounted("size=1m")
+    if not is_new:
+        (place / "run").mkdir()
+    mounted("remount,ro")
+    assert f"{'made' if is_new else 'written'} (Read-only file system); choose another folder" in refused(place / "run")
+
+
+def test_a_full_disk_at_the_start(mounted: Callable[[str], Path]) -> None:
+    place = mounted("size=64k")
+    (place / "run").mkdir()
+    ballast = os.open(place / "ballast", os.O_CREAT | os.O_WRONLY)
+    while os.statvfs(place).f_bavail:
+        os.write(ballast, bytes(4096))
+    os.close(ballast)
+    assert "cannot be written (No space left on device); choose another folder" in refused(place / "run")
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small disk, or changes how it is mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting is not permitted here")
+        return place
+
+    yield mount
+    subprocess.run(["umount", place], check=False)
+
+
+def test_two_runs_of_one_folder_in_one_process(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path, Resume()) as folder:
+        with pytest.raises(ConfigError, match=f"is in use by {os.uname().nodename}:{os.getpid()}"):
+            begin(tmp_path)
+        folder.check_lease()
+        folder.begin(CONFIG)
+    begin(tmp_path)  # it was given back
+
+
+def test_newer_checkpoints_are_set_aside_and_unfinished_ones_removed_when_the_run_begins(run_dir: Path) -> None:
+    checkpoints = run_dir / "checkpoints"
+    (checkpoints / ".step-00000003.tmp").mkdir()
+    first = checkpoints / "step-00000001"
+    with open_run_folder(run_dir, Resume(point=str(first))) as folder:
+        folder.check_settings(CONFIG)
+        assert {path.name for path in checkpoints.iterdir()} == {
+            "step-00000001",
+            "step-00000002",
+            ".step-00000003.tmp",
+        }
+        assert not folder.is_finished(2)
+        folder.begin(CONFIG)
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000001", "step-00000002.abandoned"}
+    with open_run_folder(run_dir, Resume()) as folder:
+        assert folder.resume_from == first
+        assert folder.is_finished(1)
+
+
+def test_a_foreign_checkpoint_does_not_mix_with_own_ones(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = SingleProcess(nn.Linear(2, 2), TrainingConfig(steps=1, global_batch_rows=1, micro_batch_rows=1))
+    facts = {"config": CONFIG, "provenance": provenance()}
+    foreign = save_checkpoint(tmp_path / "other" / "checkpoints", backend, step=9, facts=facts, keep=9)
+    assert "already holds checkpoints; use another run_dir" in refused(run_dir, Resume(point=str(foreign)))
+    # a group of ranks that torchrun starts again goes on from what its first attempt has saved
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    own = run_dir / "checkpoints" / "step-00000002"
+    for point in (str(foreign), "none", str(run_dir / "checkpoints" / "step-00000001")):
+        assert find_resume_point(run_dir, point) == own
+    assert find_resume_point(tmp_path / "new", str(foreign)) == foreign
+    assert find_resume_point(tmp_path / "new", "none") is None
+
+
+@pytest.mark.parametrize("damage", ["state.json", "rank-00000.safetensors", "manifest.json"])
+def test_a_damaged_checkpoint_that_is_asked_for_is_refused_and_otherwise_the_one_before_is_taken(
+    damage: str, run_dir: Path
+) -> None:
+    checkpoint = run_dir / "checkpoints" / "step-00000002"
+    os.truncate(checkpoint / damage, 5)
+    with pytest.raises(DataError, match=damage.replace(".", r"\.")):
+        find_resume_point(run_dir, str(checkpoint))
+    assert find_resume_point(run_dir, "auto") == run_dir / "checkpoints" / "step-00000001"
+    (run_dir / "checkpoints" / "step-00000001" / damage).unlink()
+    before = contents(run_dir)
+    with pytest.raises(DataError, match="none is good"):
+        begin(run_dir)
+    assert contents(run_dir) == before
+
+
+def test_changes_are_announced_or_refused_before_anything_is_written(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    longer = {**CONFIG, "run_dir": "b", "training": {**CONFIG["training"], "steps": 9}}
+    with caplog.at_level(logging.INFO, "spade_t5"):
+        begin(run_dir, longer)
+    assert "training.steps: was 3 in the checkpoint, is 9 now" in caplog.messages
+    assert "training.steps: was 3 in" in (run_dir / "logs" / "rank-00000.log").read_text()
+    clipped = {**CONFIG, "training": {**CONFIG["training"], "clip_norm": 0.5}}
+    assert "training.clip_norm: was 1.0 in the checkpoint, is 0.5 now; set it back, or add" in refused(
+        run_dir, config=clipped
+    )
+    begin(run_dir, clipped, Resume(allow_changes=("training.clip_norm",)))
+    assert read_yaml(run_dir / "config.yaml") == clipped
+    seeded = {**CONFIG, "training": {**CONFIG["training"], "seed": 5}}
+    assert "training.seed: was 0 in the checkpoint, is 5 now; a resumed run cannot change it" in refused(
+        run_dir, config=seeded
+    )
+    assert "is no setting of this run" in refused(run_dir, Resume(allow_changes=("trainig.seed",)))
+
+
+def test_other_libraries_are_announced_or_refused(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(run_dir, CONFIG, Resume(strict_env=True))
+    here = provenance()
+    assert {"python", "torch", "deepspeed", "transformers", "triton", "git_revision"} <= here.keys()
+    assert here["torch"] is not None
+    monkeypatch.setattr("spade_t5.training.run_folder.provenance", lambda: {**here, "torch": "9.9"})
+    message = refused(run_dir, Resume(strict_env=True))
+    assert f"--strict-env: torch: {here['torch']} made the checkpoint, here is 9.9; install what" in message
+    with caplog.at_level(logging.INFO, "spade_t5"):
+        begin(run_dir)
+    documented(caplog.text)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance()["git_revision"] is None
+
+
+def test_the_log_of_a_rank_has_one_line_for_each_message_and_the_traceback_of_a_fault(tmp_path: Path) -> None:
+    def train(folder: RunFolder) -> None:
+        logging.getLogger("spade_t5").warning("before\n\x1b[31mred %s", "x" * 10_000)
+        folder.begin(CONFIG)
+        logging.getLogger("spade_t5.deeper").info("after")
+        raise ZeroDivisionError("by\nnothing")
+
+    logging.getLogger("spade_t5").setLevel(logging.INFO)  # as the command does
+    with pytest.raises(ZeroDivisionError), open_run_folder(tmp_path, Resume()) as folder:
+        train(folder)
+    text = (tmp_path / "logs" / "rank-00000.log").read_text()
+    lines = text.splitlines()
+    assert all(line.isprintable() and len(line.encode()) <= 4096 for line in lines)
+    assert any(r"WARNING before\n\x1b[31mred xxx" in line for line in lines)
+    assert any(line.endswith("INFO after") for line in lines)
+    assert "Traceback (most recent call last):" in text
+    assert any(line.startswith("ZeroDivisionError: by") for line in lines)
+    logging.getLogger("spade_t5").warning("later")
+    assert (tmp_path / "logs" / "rank-00000.log").read_text() == text
+
+
+def test_a_fault_before_the_run_begins_is_in_the_log_and_a_refusal_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_run_folder(tmp_path / "run", Resume()):
+        raise ZeroDivisionError
+    assert "Traceback" in (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
+
+    def abort(folder: RunFolder) -> None:
+        folder.begin(CONFIG)
+        raise RunAbortedError("the numbers are gone")
+
+    with pytest.raises(RunAbortedError), open_run_folder(tmp_path / "aborted", Resume()) as folder:
+        abort(folder)
+    text = (tmp_path / "aborted" / "logs" / "rank-00000.log").read_text()
+    assert "ERROR the numbers are gone" in text
+    assert "Traceback" not in text
+
+
+def crash(folder: str) -> None:
+    """What a rank does first: it opens its run folder and reads where there is nothing."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with open_run_folder(Path(folder), Resume()) as opened:
+        opened.begin({})
+        ctypes.string_at(0)
+
+
+def test_the_stacks_of_a_crash_are_in_the_log(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    hook = {"hook": crash, "hook_arguments": {"folder": str(run)}}
+    with launch_ranks(["verify", "nothing"], num_ranks=1, log_dir=tmp_path / "logs", **hook) as group:
+        assert group.wait() == [-signal.SIGSEGV]
+    text = (run / "logs" / "rank-00000.log").read_text()
+    assert "Fatal Python error: Segmentation fault" in text
+    assert "in string_at" in text
+    begin(run, {})  # the lease of the dead is taken over
+
+
+def open_on_rank(folders: list[str], config: list[dict[str, Any]]) -> dict[str, Any]:
+    """A rank that opens its folder and checks its settings: what came of it."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    try:
+        with open_run_folder(Path(folders[rank]), Resume()) as folder:
+            folder.check_settings(config[rank])
+            folder.begin(config[rank])
+            logging.getLogger("spade_t5").warning("rank %d was here", rank)
+    except ConfigError as error:
+        return {"error": str(error)}
+    finally:
+        dist.destroy_process_group()
+    return {}
+
+
+def test_ranks_share_a_folder_a_lease_and_settings(tmp_path: Path) -> None:
+    def outcomes(folders: list[Path], configs: list[dict[str, Any]]) -> set[str]:
+        arguments = {"folders": [str(folder) for folder in folders], "config": configs}
+        found = call_on_ranks(open_on_rank, arguments, num_ranks=2, log_dir=tmp_path / "logs")
+        return {outcome.get("error", "") for outcome in found}
+
+    run = tmp_path / "run"
+    assert outcomes([run, run], [CONFIG, CONFIG]) == {""}
+    for rank in (0, 1):
+        assert f"WARNING rank {rank} was here" in (run / "logs" / f"rank-{rank:05d}.log").read_text()
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "checkpoints", "logs"}
+    # other settings, other folders, a lease that is held: the same line on every rank
+    (message,) = outcomes([tmp_path / "new"] * 2, [CONFIG, {**CONFIG, "model": {"preset": "mini"}}])
+    assert message == "model.preset: 'tiny' on rank 0 and 'mini' on rank 1; start every rank with the same settings"
+    documented(message)
+    (message,) = outcomes([tmp_path / "new", tmp_path / "newer"], [CONFIG, CONFIG])
+    assert message.startswith(f"run_dir: '{tmp_path / 'new'}' on rank 0 and '{tmp_path / 'newer'}' on rank 1; start")
+    with open_run_folder(run, Resume()):
+        (message,) = outcomes([run, run], [CONFIG, CONFIG])
+    assert f"is in use by {os.uname().nodename}:{os.getpid()}" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "logs"}
+
+
+def look_on_rank(folders: list[str]) -> str:
+    """A rank whose folder may be another disk than that of the same name elsewhere: what the check says."""
+    dist.init_process_group("gloo")
+    try:
+        check_shared(Path(folders[int(os.environ["RANK"])]), patience_seconds=0.5)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return ""
+
+
+def test_ranks_that_see_different_disks_are_refused(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    host = os.uname().nodename
+    here.mkdir()
+
+    def messages(other: Path) -> set[str]:
+        arguments = {"folders": [str(here), str(other)]}
+        return set(call_on_ranks(look_on_rank, arguments, num_ranks=2, log_dir=tmp_path / "logs"))
+
+    assert messages(here) == {""}
+    (message,) = messages(there)  # does not exist on the other node
+    assert message.startswith(f"run_dir: rank 1 on {host} cannot write into {there} (No such file or directory); give")
+    documented(message)
+    there.mkdir()
+    (message,) = messages(there)
+    assert f"does not see in {here} what rank 1 on {host} wrote there" in message
+    documented(message)
+    assert not [*here.iterdir(), *there.iterdir()]

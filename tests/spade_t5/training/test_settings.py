@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -93,16 +94,14 @@ def other(value: Any) -> Any:
         return not value
     if isinstance(value, (int, float)):
         return value + 1
-    if isinstance(value, list):
-        return [*value[::-1], "another"]
     return "another" if value is None else f"{value}-other"
 
 
 def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of a config with one leaf changed."""
     result = copy.deepcopy(config)
-    *path, last = key.split(".")
-    place = result
+    *path, last = [int(word) if word.isdigit() else word for word in re.findall(r"[^.\[\]]+", key)]
+    place: Any = result
     for name in path:
         place = place[name]
     place[last] = value
@@ -205,6 +204,20 @@ def test_a_word_that_allows_nothing_is_refused(name: str) -> None:
         check_changes(PRETRAIN, PRETRAIN, [name])
     assert "\n" not in str(caught.value)
     documented(str(caught.value))
+
+
+def test_stores_of_a_mixture_are_told_apart_by_their_place() -> None:
+    stores = ["123", "456"]
+    for now, message in (
+        (stores[::-1], "data_fingerprint.stores[0]: was '123' in the checkpoint, is '456' now"),
+        (["123", "789"], "data_fingerprint.stores[1]: was '456' in the checkpoint, is '789' now"),
+        (["123"], "data_fingerprint.stores[1]: was '456' in the checkpoint, is None now"),
+        ([*stores, "789"], "data_fingerprint.stores[2]: was None in the checkpoint, is '789' now"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_changes(PRETRAIN, changed(PRETRAIN, "data_fingerprint.stores", now))
+        assert message in str(caught.value)
+        documented(str(caught.value))
 
 
 def test_moved_folders_are_the_same_run() -> None:
