@@ -43,6 +43,9 @@ from spade_t5.training.backend import Backend
 
 logger = logging.getLogger("spade_t5")
 
+SMALL_FILES_BYTES = 64 << 10
+"""About what `state.json`, the manifest, headers and the unused ends of blocks take."""
+
 T = TypeVar("T")
 
 
@@ -193,8 +196,8 @@ class CheckpointSaver:
         facts = {"kind": "checkpoint", "step": snapshot.step} | ({} if loss is None else {HELD_OUT_LOSS: loss})
         if self._before_publishing is not None:
             facts |= self._before_publishing()
-        (temporary / STARTED).unlink(missing_ok=True)
         write_manifest(temporary, entries, **facts)
+        (temporary / STARTED).unlink()
         _put_in_place(temporary, final)
         self._retention.apply(self._folder, final)
 
@@ -225,6 +228,7 @@ class CheckpointSaver:
             return str(error)
         text = f"{error.filename or self._folder}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and needed_bytes is not None:
+            needed_bytes += SMALL_FILES_BYTES
             text += f", the checkpoint needs {needed_bytes:,} bytes, {_free_bytes(self._folder):,} are free; free space"
         return text
 
@@ -368,7 +372,7 @@ def _only_main(action: Callable[[], None]) -> Callable[[], None]:
 
 def _free_bytes(folder: Path) -> int:
     """Free space, counting what unfinished checkpoints take, which goes before the next one."""
-    unfinished = sum(path.stat().st_size for path in folder.glob(".step-*.tmp/*"))
+    unfinished = sum(path.stat().st_blocks * 512 for path in folder.glob(".step-*.tmp/*"))
     return shutil.disk_usage(folder).free + unfinished
 
 

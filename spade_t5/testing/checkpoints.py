@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spade_t5.checkpoint import CheckpointSaver, Retention, SaveReport, take_snapshot
 from spade_t5.checkpoint.manifest import MANIFEST, file_entry, write_manifest
+from spade_t5.training import distributed
 from spade_t5.training.averaging import WeightAverage
 from spade_t5.training.backend import Backend, SingleProcess
 from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
@@ -23,35 +24,41 @@ ADAMW = AdamWConfig(learning_rate=0.1, weight_decay=0.1)
 class Tied(nn.Module):
     """Two tied matrices, one frozen vector, one persistent buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 6) -> None:
         """Draws the weights."""
         super().__init__()
-        self.first = nn.Linear(6, 6)
-        self.second = nn.Linear(6, 6)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
         self.second.weight = self.first.weight
-        self.frozen = nn.Parameter(torch.randn(6), requires_grad=False)
+        self.frozen = nn.Parameter(torch.randn(width), requires_grad=False)
         self.register_buffer("count", torch.arange(3.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """A vector of 6 for every row."""
+        """A vector for every row."""
         return self.second(torch.tanh(self.first(x))) * self.frozen
 
 
 def tiny_backend(
-    *, optimizer: OptimizerConfig = ADAMW, seed: int = 0, zero_stage: int | None = None, rows: int = 6
+    *, optimizer: OptimizerConfig = ADAMW, seed: int = 0, zero_stage: int | None = None, width: int = 6
 ) -> Backend:
     """A fresh `Tied` under an optimizer; under DeepSpeed where a ZeRO stage is given, once processes have joined."""
     torch.manual_seed(seed)
     zero = None if zero_stage is None else DeepSpeedConfig(zero_stage=zero_stage, persistence_threshold_numel=1)  # type: ignore[arg-type]
-    config = TrainingConfig(steps=9, global_batch_rows=rows, micro_batch_rows=rows, optimizer=optimizer, deepspeed=zero)
-    return SingleProcess(Tied(), config) if zero is None else DeepSpeedBackend(Tied(), config)
+    config = TrainingConfig(
+        steps=9,
+        global_batch_rows=distributed.world_size(),
+        micro_batch_rows=1,
+        optimizer=optimizer,
+        deepspeed=zero,
+    )
+    return SingleProcess(Tied(width), config) if zero is None else DeepSpeedBackend(Tied(width), config)
 
 
 def train(backend: Backend, steps: Iterable[int], average: WeightAverage | None = None) -> list[float]:
     """Steps on rows that the number of the step decides, the same on every rank; returns the losses."""
     losses = []
     for step in steps:
-        rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        rows = torch.randn(4, len(backend.module.frozen), generator=torch.Generator().manual_seed(step))  # type: ignore[arg-type]
         loss = (backend.model(rows) - 1).square().mean()
         backend.backward(loss)
         backend.step(1.0)
