@@ -25,7 +25,7 @@ from spade_t5.messages import one_line, shown, without_credentials
 T = TypeVar("T")
 ConfigDict = dict[str, Any]
 
-_MAX_FILE_BYTES = 2**20
+_MAX_FILE_BYTES = 2**18
 _MAX_VALUES = 100_000
 _MAX_DEPTH = 32
 _MAX_INTEGER = 2**63 - 1
@@ -171,9 +171,10 @@ def from_mapping(cls: type[T], mapping: Any, path: str = "") -> T:
     prefix = f"{path}." if path else ""
     for key in mapping:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
+            name = _key_text(key)
+            close = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known keys: {', '.join(fields)}"
-            raise ConfigError(f"{prefix}{key if isinstance(key, str) else shown(key)}: unknown config key; {hint}")
+            raise ConfigError(f"{prefix}{name}: unknown config key; {hint}")
     missing = [
         name
         for name, field in fields.items()
@@ -208,7 +209,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise ConfigError(f"{path}: its key {shown(key)} is a {type(key).__name__}, expected a name")
-            _check_plain(item, f"{path}.{key}")
+            _check_plain(item, f"{path}.{_key_text(key)}")
         return dict(value)
     if origin is typing.Literal:
         allowed = typing.get_args(hint)
@@ -265,7 +266,7 @@ def _check_plain(value: Any, path: str) -> None:
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _check_plain(item, f"{path}.{key}")
+            _check_plain(item, f"{path}.{_key_text(key)}")
     elif _is_list(value):
         for i, item in enumerate(value):
             _check_plain(item, f"{path}[{i}]")
@@ -275,6 +276,11 @@ def _check_plain(value: Any, path: str) -> None:
         raise ConfigError(f"{path}: {value} is not a finite number")
     elif isinstance(value, str) and ("\0" in value or not _is_encodable(value)):
         raise ConfigError(f"{path}: {shown(value)} holds a character that no file can hold; remove it")
+
+
+def _key_text(key: object) -> str:
+    """A key for messages, on one line and not too long."""
+    return one_line(key if isinstance(key, str) else shown(key), max_bytes=200)
 
 
 def _is_encodable(text: str) -> bool:

@@ -162,17 +162,21 @@ class SpadeT5Config(PreTrainedConfig):
         return _made(lambda: cls.from_dict(dict(values)))
 
 
+MAX_LABELS = 100_000
 SAVED_NAMES = ("model_type", "_name_or_path", "output_attentions", "torch_dtype")
 """Names that Hugging Face writes besides the fields."""
 
 
 def check_field_names(cls: type[PreTrainedConfig], values: Mapping[str, Any], *, also: tuple[str, ...] = ()) -> None:
-    """Refuses names that are no field of the configuration class, which Hugging Face would silently keep.
+    """Refuses names that are no field of the configuration class, which Hugging Face would silently keep, and numbers that it would count to.
 
     Raises:
         ConfigError: with the nearest known name.
     """
     known = [field.name for field in dataclasses.fields(cls)] + ["num_labels"]
+    num_labels = values.get("num_labels", 2)
+    if type(num_labels) is not int or not 1 <= num_labels <= MAX_LABELS:  # names are made up for so many
+        raise ConfigError(f"num_labels: {shown(num_labels)} is not a number of labels, 1 to {MAX_LABELS}")
     for key in values:
         if key not in known and key not in also:
             close = difflib.get_close_matches(key, known, n=1)
