@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NoReturn
 
 import torch
@@ -66,13 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             handler.setLevel(logging.WARNING)  # the log file of a rank has the rest
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and warn of its guess
-    module = importlib.import_module(f"spade_t5.launch.commands.{words.command}")
-    command_parser = OneLineErrorParser(prog=f"spade-t5 {words.command}", description=module.__doc__)
-    module.add_arguments(command_parser)
     if is_launched():
         record_outcomes_in(Path(os.environ[FOLDER_VARIABLE]))
     try:
-        code, message = _run(module, command_parser, words.arguments)
+        code, message = _run(words.command, words.arguments)
         record_outcome(code, message)
     except Exception as error:
         is_consequence = distributed.is_peer_failure(error)
@@ -85,16 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(module: ModuleType, parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[int, str]:
+def _run(command: str, words: Sequence[str]) -> tuple[int, str]:
     """Runs a command; returns its exit code, and what there is to say about it."""
     try:
         check_requirements()
-        hands_on_words = getattr(module, "HANDS_ON_WORDS", False)
-        parse = parser.parse_args if hands_on_words else parser.parse_intermixed_args
+        module = importlib.import_module(f"spade_t5.launch.commands.{command}")
+        parser = OneLineErrorParser(prog=f"spade-t5 {command}", description=module.__doc__)
+        module.add_arguments(parser)
+        parse = parser.parse_args if getattr(module, "HANDS_ON_WORDS", False) else parser.parse_intermixed_args
         code = module.run(parse(words))
     except UserError as error:
         return EXIT_USER_ERROR, str(error)
     except RunAbortedError as error:
+        record_outcome(EXIT_FAULT, str(error), is_consequence=distributed.is_peer_failure(error))
         return EXIT_FAULT, str(error)
     except StopRequestedError as stop:
         return EXIT_STOPPED, str(stop)

@@ -107,9 +107,7 @@ def supervise(launch: Launch) -> int:
                 return ending.code
             restarts = 0 if _newest_checkpoint(launch.run_dir) != newest else restarts
             if restarts == launch.max_restarts:
-                _say(
-                    f"giving up after {_times(restarts, 'restart')} without a new checkpoint; the logs are in {launch.logs}"
-                )
+                _say(f"giving up after --max-restarts {restarts} without a new checkpoint; the logs are in {launch.logs}")
                 return EXIT_FAULT
             restarts += 1
             _say(f"starting again, {restarts} of {launch.max_restarts} without a new checkpoint")
@@ -152,6 +150,7 @@ class _Group:
         self._stop = stop
         self._asked: dict[int, int] = {}
         self._is_out_of_grace = False
+        self._agent_log = launch.logs / "torchrun.log"
         launch.logs.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> Ending:
@@ -178,7 +177,8 @@ class _Group:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
-        with (self._launch.logs / "torchrun.log").open("ab") as log:
+        with self._agent_log.open("ab") as log:
+            self._agent_log_start = log.tell()
             return subprocess.Popen(
                 torchrun_words(self._launch, self._folder),
                 stdin=subprocess.DEVNULL,
@@ -264,25 +264,26 @@ class _Group:
 
     def _silent_failure(self, outcomes: list[Outcome]) -> str:
         """What is known of a failure that no rank owned up to."""
-        log = self._launch.logs / "torchrun.log"
         if self._agent.returncode < 0:
             return f"torchrun was killed by {_signal_name(-self._agent.returncode)}, and the ranks with it"
-        root = re.findall(
-            r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", log.read_text(errors="replace"), re.DOTALL
-        )
-        if root:
-            rank, code = map(int, root[-1])
-            how = f"killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
-            if code < 0 or rank not in {outcome.rank for outcome in outcomes}:
-                return (
-                    f"rank {rank} was {how}; its log is {self._log_of(rank)}"
-                    if code < 0
-                    else f"rank {rank} {how}; its log is {self._log_of(rank)}"
-                )
+        codes = self._reported_codes()
+        for rank, code in codes.items():
+            if code < 0 and code != -signal.SIGTERM:  # by which torchrun ends the others
+                return f"rank {rank} was killed by {_signal_name(-code)}; its log is {self._log_of(rank)}"
         if outcomes:
             first = min(outcomes, key=lambda outcome: outcome.seconds)
             return f"rank {first.rank}: {first.message}; its log is {self._log_of(first.rank)}"
-        return f"torchrun ended with code {self._agent.returncode}; its log is {log}"
+        for rank, code in codes.items():
+            return f"rank {rank} ended with code {code}; its log is {self._log_of(rank)}"
+        return f"torchrun ended with code {self._agent.returncode}; its log is {self._agent_log}"
+
+    def _reported_codes(self) -> dict[int, int]:
+        """Exit codes by rank as torchrun's closing report has them, the first failure first; minus the signal that killed a rank."""
+        with self._agent_log.open("rb") as log:
+            log.seek(self._agent_log_start)
+            report = log.read().decode(errors="replace")
+        found = re.findall(r"^  rank +: (\d+).*\n  exitcode +: (-?\d+)", report, re.MULTILINE)
+        return {int(rank): int(code) for rank, code in reversed(found)}
 
     def _log_of(self, rank: int) -> Path:
         return rank_script.output_files(self._launch.logs, rank)[1]
@@ -305,10 +306,6 @@ def _newest_checkpoint(run_dir: Path) -> str | None:
 
 def _signal_name(number: int) -> str:
     return signal.Signals(number).name
-
-
-def _times(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _say(message: str) -> None:

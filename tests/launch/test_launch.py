@@ -1,0 +1,288 @@
+"""`spade-t5 launch local`: real processes under torchrun that are killed, stopped and asked to end."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+import pytest
+
+from spade_t5.checkpoint import list_checkpoints
+from spade_t5.launch.rank import output_files
+from spade_t5.testing import documented, launch_ranks, run_command
+from spade_t5.testing.runs import assert_exact, attempts, lineage, write_recipe
+
+SPADE_T5 = [sys.executable, "-m", "spade_t5.launch"]
+STEPS = 24
+
+
+class Launched:
+    """A launcher that runs in the background, and the processes below it; as a context it leaves nothing running."""
+
+    def __init__(self, recipe: Path, run_dir: Path, *words: str, options: tuple[str, ...] = ()) -> None:
+        self.run_dir = run_dir
+        self._err = run_dir.parent / f"{run_dir.name}.err"
+        command = [*SPADE_T5, "launch", "local", "--nproc-per-node", "2", *options]
+        command += ["--", "pretrain", str(recipe), f"run_dir={run_dir}", *words]
+        with self._err.open("ab") as err:
+            self._launcher = psutil.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._launcher.poll() is None:
+            self._launcher.kill()
+            self._launcher.wait()
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text()
+
+    @property
+    def agent(self) -> psutil.Process:
+        (agent,) = self._launcher.children()
+        return agent
+
+    @property
+    def ranks(self) -> list[psutil.Process]:
+        return sorted(self.agent.children(), key=lambda process: int(process.environ()["RANK"]))
+
+    def tree(self) -> list[psutil.Process]:
+        return [self._launcher, *self._launcher.children(recursive=True)]
+
+    def kill(self, process: psutil.Process | None = None, number: int = signal.SIGKILL) -> None:
+        (process or self._launcher).send_signal(number)
+
+    def wait(self, seconds: float = 240) -> int:
+        try:
+            return self._launcher.wait(seconds)
+        except psutil.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s\n{self.stderr[-4000:]}") from None
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self._launcher.poll() is None, self.stderr
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.02)
+
+    def wait_for_steps(self, count: int) -> None:
+        """Until so many steps were made, redone ones counted as well."""
+        self.wait_until(lambda: len(attempts(self.run_dir)) >= count)
+
+
+def assert_gone(processes: list[psutil.Process], within_seconds: float = 2) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=within_seconds)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    return write_recipe(path, [store], steps=STEPS, save_every_steps=3, loader_workers=1, keep_checkpoints=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with launch_ranks(["pretrain", str(recipe), f"run_dir={folder / 'run'}"], num_ranks=2, log_dir=folder) as group:
+        assert group.wait() == [0, 0], group.stderr(0)
+    return folder / "run"
+
+
+def listening_addresses(processes: list[psutil.Process]) -> Iterator[str]:
+    for process in processes:
+        for connection in process.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                yield connection.laddr.ip
+
+
+def test_the_run_goes_on_by_itself_after_a_killed_rank_and_a_killed_torchrun(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    with Launched(recipe, tmp_path / "run") as launched:
+        launched.wait_for_steps(7)
+        addresses = set(listening_addresses(launched.tree()))
+        assert addresses == {"127.0.0.1"}
+        before = launched.tree()[1:]
+        launched.kill(launched.ranks[1])
+        launched.wait_until(lambda: "starting again, 1 of 3" in launched.stderr)
+        assert_gone(before)
+        steps = len(attempts(launched.run_dir))
+        launched.wait_for_steps(steps + 5)
+        before = launched.tree()[1:]
+        launched.kill(launched.agent)
+        launched.wait_until(lambda: launched.stderr.count("starting again, 1 of 3") == 2)
+        assert_gone(before, 0)
+        assert launched.wait() == 0, launched.stderr
+    said = [line for line in launched.stderr.splitlines() if line.startswith("spade-t5 launch: ")]
+    log = output_files(tmp_path / "run" / "logs", 1)[1]
+    assert said[0] == f"spade-t5 launch: rank 1 was killed by SIGKILL; its log is {log}"
+    assert said[2] == "spade-t5 launch: torchrun was killed by SIGKILL, and the ranks with it"
+    for line in said[:3]:
+        documented(line)
+    assert_exact(tmp_path / "run", undisturbed)
+
+
+def test_stopped_by_sigterm_then_killed_then_finished(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with Launched(recipe, run_dir) as launched:
+        launched.wait_for_steps(4)
+        processes = launched.tree()
+        launched.kill(number=signal.SIGTERM)
+        assert launched.wait(60) == 75, launched.stderr
+        assert_gone(processes)
+    step = max(lineage(run_dir))
+    assert launched.stderr.splitlines()[-1] == (
+        f"spade-t5 launch: stopped at step {step} on request; start the same command again to go on"
+    )
+    documented(launched.stderr.splitlines()[-1])
+    assert list_checkpoints(run_dir / "checkpoints")[-1].name == f"step-{step:08d}"
+    assert step < STEPS
+    with Launched(recipe, run_dir) as launched:
+        launched.wait_for_steps(step + 2)
+        assert [step for step, _ in attempts(run_dir)] == list(range(1, len(attempts(run_dir)) + 1)), "no step was lost"
+        processes = launched.tree()
+        launched.kill()
+        assert_gone(processes)
+    with launch_ranks(["pretrain", str(recipe), f"run_dir={run_dir}"], num_ranks=2, log_dir=tmp_path) as group:
+        assert group.wait() == [0, 0], group.stderr(0)
+    assert_exact(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training.stepz=3"], "unknown setting training.stepz"),
+        (["training.deepspeed=null"], "training.deepspeed: null, but 2 processes were launched"),
+    ],
+    ids=["found by the launcher", "found by the ranks"],
+)
+def test_a_wrong_config_is_one_message_without_a_restart_or_a_trace(
+    words: list[str], message: str, recipe: Path, tmp_path: Path
+) -> None:
+    command = [*SPADE_T5, "launch", "local", "--nproc-per-node", "2", "--", "pretrain", str(recipe)]
+    done = run_command([*command, f"run_dir={tmp_path / 'run'}", *words])
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_launched_is_said_in_one_line(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from spade_t5.launch.cli import main
+
+    for words, message in (
+        (["--nproc-per-node", "0", "--", "pretrain", str(recipe)], "--nproc-per-node: 0 must be at least 1"),
+        (["--nproc-per-node", "2", "--grace", "0", "--", "pretrain", str(recipe)], "--grace: 0 must be at least 1"),
+        (["--nproc-per-node", "2", "--", "export", "run"], "export: only pretrain and finetune run on several processes"),
+    ):
+        assert main(["launch", "local", *words]) == 2
+        assert capfd.readouterr().err == f"spade-t5 launch: {message}\n"
+
+
+def test_a_dry_run_shows_the_command_and_starts_nothing(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from spade_t5.launch.cli import main
+
+    words = ["pretrain", str(recipe), f"run_dir={tmp_path / 'run'}", "--resume", "none"]
+    assert main(["launch", "local", "--nproc-per-node", "2", "--dry-run", "--", *words]) == 0
+    out = capfd.readouterr().out
+    assert "-m torch.distributed.run --nproc-per-node 2" in out
+    assert out.rstrip().endswith(" ".join(words))
+    assert "GLOO_SOCKET_IFNAME=lo" in out
+    assert not (tmp_path / "run").exists()
+
+
+BROKEN_ON_RANK_1 = """
+import os, sys
+def break_off(event, arguments):
+    if event == "import" and arguments[0] == "spade_t5.training.engine":
+        raise RuntimeError("broken on purpose")
+if os.environ.get("RANK") == "1":
+    sys.addaudithook(break_off)
+"""
+
+
+def test_the_first_error_is_shown_and_starts_are_counted(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BROKEN_ON_RANK_1)
+    command = [*SPADE_T5, "launch", "local", "--nproc-per-node", "2", "--max-restarts", "1", "--", "pretrain"]
+    done = run_command(
+        [*command, str(recipe), f"run_dir={tmp_path / 'run'}"],
+        env={"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])},
+    )
+    assert done.returncode == 1
+    logs = tmp_path / "run" / "logs"
+    said = [line for line in done.stderr.splitlines() if line.startswith("spade-t5 launch: ")]
+    failure = f"spade-t5 launch: rank 1: RuntimeError: broken on purpose; its log is {logs / 'rank-00001.err'}"
+    assert said == [
+        failure,
+        "spade-t5 launch: starting again, 1 of 1 without a new checkpoint",
+        failure,
+        f"spade-t5 launch: giving up after --max-restarts 1 without a new checkpoint; the logs are in {logs}",
+    ]
+    for line in said:
+        documented(line)
+    assert "broken on purpose" in (logs / "rank-00001.err").read_text()
+    assert "broken on purpose" not in (logs / "rank-00000.err").read_text()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("to", ["launcher", "rank 0", "rank 1", "everything"])
+def test_any_request_to_stop_ends_in_75_and_loses_nothing(
+    number: signal.Signals, to: str, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with Launched(recipe, run_dir) as launched:
+        launched.wait_for_steps(4)
+        processes = launched.tree()
+        targets = {"launcher": processes[:1], "rank 0": launched.ranks[:1], "rank 1": launched.ranks[1:]}
+        for process in targets.get(to, processes):
+            launched.kill(process, number)
+        assert launched.wait(60) == 75, launched.stderr
+        assert_gone(processes)
+    with launch_ranks(["pretrain", str(recipe), f"run_dir={run_dir}"], num_ranks=2, log_dir=tmp_path) as group:
+        assert group.wait() == [0, 0], group.stderr(0)
+    assert [step for step, _ in attempts(run_dir)] == list(range(1, STEPS + 1))
+    assert_exact(run_dir, undisturbed)
+
+
+@pytest.mark.faults
+def test_a_second_request_ends_at_once_with_the_last_checkpoint_intact(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with Launched(recipe, run_dir, "training.global_batch_rows=512", "training.save_every_steps=1") as launched:
+        launched.wait_for_steps(1)
+        processes = launched.tree()
+        launched.kill(number=signal.SIGTERM)
+        time.sleep(1.5)
+        launched.kill(number=signal.SIGTERM)
+        assert launched.wait(10) == 75, launched.stderr
+        assert_gone(processes)
+    assert run_command([*SPADE_T5, "verify", str(list_checkpoints(run_dir / "checkpoints")[-1])]).returncode == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_and_replaced(rank: int, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    with Launched(recipe, tmp_path / "run", "training.timeouts.step_seconds=5") as launched:
+        launched.wait_for_steps(5)
+        launched.kill(launched.ranks[rank], signal.SIGSTOP)
+        assert launched.wait() == 0, launched.stderr
+    assert re.search(rf"hanging: rank {rank} \(.*, pid \d+\) did not answer", launched.stderr)
+    assert_exact(tmp_path / "run", undisturbed)
