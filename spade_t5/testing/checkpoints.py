@@ -27,6 +27,7 @@ class Tied(nn.Module):
     def __init__(self, width: int = 6) -> None:
         """Draws the weights."""
         super().__init__()
+        self.width = width
         self.first = nn.Linear(width, width)
         self.second = nn.Linear(width, width)
         self.second.weight = self.first.weight
@@ -56,9 +57,11 @@ def tiny_backend(
 
 def train(backend: Backend, steps: Iterable[int], average: WeightAverage | None = None) -> list[float]:
     """Steps on rows that the number of the step decides, the same on every rank; returns the losses."""
+    width = backend.module.width
+    assert isinstance(width, int)
     losses = []
     for step in steps:
-        rows = torch.randn(4, len(backend.module.frozen), generator=torch.Generator().manual_seed(step))  # type: ignore[arg-type]
+        rows = torch.randn(4, width, generator=torch.Generator().manual_seed(step))
         loss = (backend.model(rows) - 1).square().mean()
         backend.backward(loss)
         backend.step(1.0)

@@ -1,0 +1,228 @@
+"""Several ranks: any world size and ZeRO stage reads what any other wrote, and all ranks fail or reject alike."""
+
+import errno
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spade_t5.checkpoint import (
+    CheckpointSaver,
+    load_checkpoint,
+    newest_good_checkpoint,
+    read_weights,
+    saver,
+    take_snapshot,
+    verify_checkpoint,
+)
+from spade_t5.errors import DataError, SaveError
+from spade_t5.testing import documented
+from spade_t5.testing.checkpoints import KEEP_ALL, save, tiny_backend, train
+from spade_t5.testing.ranks import call_on_ranks
+from spade_t5.training import distributed
+from spade_t5.training.averaging import WeightAverage
+from spade_t5.training.deepspeed import start_processes
+from spade_t5.training.optimizers import AdamWConfig, OptimizerConfig, RMSScaledAdamWConfig
+
+OPTIMIZERS: dict[str, OptimizerConfig] = {
+    "adamw": AdamWConfig(learning_rate=0.1, weight_decay=0.1),
+    "rms_scaled_adamw": RMSScaledAdamWConfig(learning_rate=0.1),
+}
+WIDTH = 7  # 49 + 7 + 7 elements: no number of ranks divides them
+
+
+def save_trained(folder: str, stage: int, optimizer: str) -> None:
+    """Trains two steps on all ranks and saves."""
+    start_processes()
+    trained = tiny_backend(optimizer=OPTIMIZERS[optimizer], zero_stage=stage, width=WIDTH)
+    average = WeightAverage(trained.fragments(), 0.5)
+    train(trained, [1, 2], average)
+    save(Path(folder), trained, 2, average=average)
+    distributed.shutdown()
+
+
+def load_and_save(folders: list[str], stages: list[int], optimizer: str) -> list[list[float]]:
+    """Hands a checkpoint from folder to folder through engines of these stages; returns the losses of two more steps of each."""
+    start_processes()
+    losses = []
+    for stage, source, target in zip(stages, folders[:-1], folders[1:], strict=True):
+        losses.append(hand_on(source, target, stage, optimizer))
+    distributed.shutdown()
+    return losses
+
+
+def hand_on(source: str, target: str, stage: int | None, optimizer: str) -> list[float]:
+    """Loads into a fresh backend, saves, and trains two more steps."""
+    backend = tiny_backend(optimizer=OPTIMIZERS[optimizer], zero_stage=stage, width=WIDTH, seed=1)
+    average = WeightAverage(backend.fragments(), 0.5)
+    path = newest_good_checkpoint(Path(source))
+    assert path is not None
+    load_checkpoint(path, backend, average=average, is_verified=True)
+    save(Path(target), backend, 2, average=average)
+    return train(backend, [3, 4], average)
+
+
+def contents(folder: str | Path) -> dict[str, Tensor]:
+    """Every state of every parameter, whole, put together from the files by the index, and what is frozen."""
+    path = Path(folder) / "step-00000002"
+    verify_checkpoint(path)
+    state = json.loads((path / "state.json").read_text())
+    whole = dict(load_file(path / "frozen.safetensors"))
+    for key, names in state["index"].items():
+        for name, pieces in names.items():
+            pieces.sort(key=lambda piece: piece[1])
+            whole[f"{key}/{name}"] = torch.cat([load_file(path / file)[f"{key}/{name}"] for file, _, _ in pieces])
+    for key, names in state["scalars"].items():
+        whole |= {f"{key}/{name}": torch.tensor(number) for name, number in names.items()}
+    return whole
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_from_any_to_any(optimizer: str, tmp_path: Path) -> None:
+    folders = [str(tmp_path / str(number)) for number in range(7)]
+    straight = tiny_backend(optimizer=OPTIMIZERS[optimizer], width=WIDTH)
+    own_losses = train(straight, [1, 2, 3, 4])
+    call_on_ranks(
+        save_trained,
+        {"folder": folders[0], "stage": 3, "optimizer": optimizer},
+        num_ranks=2,
+        log_dir=tmp_path / "logs",
+    )
+    losses = [hand_on(folders[0], folders[1], None, optimizer)]
+    arguments = {"folders": folders[1:3], "stages": [1], "optimizer": optimizer}
+    losses += call_on_ranks(load_and_save, arguments, num_ranks=3, log_dir=tmp_path / "logs")[0]
+    arguments = {"folders": folders[2:], "stages": [3, 2, 0, 1], "optimizer": optimizer}
+    losses += call_on_ranks(load_and_save, arguments, num_ranks=2, log_dir=tmp_path / "logs")[0]
+    first = contents(folders[0])
+    states = {"weight", "ema", "exp_avg", "exp_avg_sq", "step"}
+    trained = {"first.weight", "first.bias", "second.bias"}
+    assert set(first) == {"frozen", "count", *(f"{state}/{name}" for state in states for name in trained)}
+    for folder in folders[1:]:
+        other = contents(folder)
+        assert set(other) == set(first)
+        for name, tensor in first.items():
+            assert torch.equal(tensor, other[name]), f"{folder}: {name}"
+    for found in losses:
+        assert found == pytest.approx(own_losses[2:], rel=1e-6)
+    whole = read_weights(Path(folders[0]) / "step-00000002", is_averaged=True)
+    assert torch.equal(whole["first.weight"].flatten(), first["ema/first.weight"])
+
+
+def fail_on_rank_1(folder: str) -> list[str | None]:
+    """The disk of rank 1 fails in the second of three saves; returns the messages."""
+    start_processes()
+    backend = tiny_backend(zero_stage=1)
+    train(backend, [1])
+    writer = CheckpointSaver(Path(folder), KEEP_ALL)
+    messages: list[str | None] = []
+    write = saver.write_tensors
+    for step in (1, 2, 3):
+        saver.write_tensors = broken_disk if step == 2 and distributed.rank() == 1 else write
+        writer.save(take_snapshot(backend, step=step, facts={}))
+        try:
+            writer.wait()
+            messages.append(None)
+        except SaveError as error:
+            messages.append(str(error))
+    writer.close()
+    distributed.shutdown()
+    return messages
+
+
+def broken_disk(path: Path, tensors: Any) -> Any:
+    raise OSError(errno.EIO, "Input/output error", str(path))
+
+
+def test_a_failure_of_one_rank_is_that_of_all(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    first, second = call_on_ranks(fail_on_rank_1, {"folder": str(folder)}, num_ranks=2, log_dir=tmp_path / "logs")
+    assert first == second
+    good, message, again = first
+    assert good is again is None
+    assert "rank-00001.safetensors: Input/output error" in message
+    documented(message)
+    assert sorted(os.listdir(folder)) == ["step-00000001", "step-00000003"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", path], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def fill_disk(folder: str) -> list[str | None]:
+    """Saves 1.1 MB three times; returns the messages."""
+    start_processes()
+    backend = tiny_backend(zero_stage=1, width=300)
+    train(backend, [1])
+    writer = CheckpointSaver(Path(folder), KEEP_ALL)
+    messages: list[str | None] = []
+    for step in (1, 2, 3):
+        writer.save(take_snapshot(backend, step=step, facts={}))
+        try:
+            writer.wait()
+            messages.append(None)
+        except SaveError as error:
+            messages.append(str(error))
+    writer.close()
+    distributed.shutdown()
+    return messages
+
+
+def test_all_ranks_say_that_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
+    folder = small_disk / "checkpoints"
+    first, second = call_on_ranks(fill_disk, {"folder": str(folder)}, num_ranks=2, log_dir=tmp_path / "logs")
+    assert first == second
+    assert first[:2] == [None, None]
+    documented(first[2])
+    assert "No space left on device, the checkpoint needs 1,1" in first[2]
+    assert sorted(os.listdir(folder)) == ["step-00000001", "step-00000002"]
+    for path in folder.iterdir():
+        verify_checkpoint(path)
+
+
+def choose(folder: str) -> list[str | None]:
+    """What this rank takes for the newest good checkpoint, as it is, and when none is good."""
+    start_processes()
+    newest = newest_good_checkpoint(Path(folder))
+    distributed.barrier()
+    if distributed.is_main():
+        for path in Path(folder).glob("*/rank-00001.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1])
+    distributed.barrier()
+    try:
+        newest_good_checkpoint(Path(folder))
+        message = None
+    except DataError as error:
+        message = str(error)
+    distributed.shutdown()
+    return [newest and newest.name, message]
+
+
+def test_all_ranks_reject_alike(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    call_on_ranks(fail_on_rank_1, {"folder": str(folder)}, num_ranks=2, log_dir=tmp_path / "logs")
+    (folder / "step-00000003" / "frozen.safetensors").unlink()
+    first, second = call_on_ranks(choose, {"folder": str(folder)}, num_ranks=2, log_dir=tmp_path / "logs")
+    assert first == second
+    assert first[0] == "step-00000001"
+    documented(first[1])
+
+
+def test_a_process_group_of_one(tmp_path: Path) -> None:
+    arguments = {"folder": str(tmp_path / "checkpoints"), "stage": 2, "optimizer": "adamw"}
+    call_on_ranks(save_trained, arguments, num_ranks=1, log_dir=tmp_path / "logs")
+    assert set(contents(tmp_path / "checkpoints")) > {"ema/first.weight", "weight/first.weight"}
