@@ -1,6 +1,7 @@
 """A whole fine-tuning run of a very small model, in both modes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,35 @@ def test_a_run_that_goes_on_equals_an_unbroken_one(opinions: dict[str, Path], tm
             }
             run = finetune(config(opinions, tmp_path / name, dropout_rate=0.1, training=training, epochs=None))
             exports[name, steps] = SpadeT5ForConditionalGeneration.from_pretrained(run / "model").state_dict()
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
+    finetune(config(opinions, run, dropout_rate=0.1, training=training, epochs=None))  # it is finished
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()} == before
     last = exports["unbroken", 15]
     assert all(torch.equal(last[key], exports["broken", 15][key]) for key in last)
     assert not torch.equal(last["lm_head.weight"], exports["broken", 7]["lm_head.weight"])
+
+
+def test_a_run_that_was_cut_off_behind_its_last_step_makes_up_for_it(opinions: dict[str, Path], tmp_path: Path) -> None:
+    run = finetune(config(opinions, tmp_path / "run", epochs=1))
+    scores = (run / "scores.json").read_bytes()
+    (run / "scores.json").unlink()
+    shutil.rmtree(run / "model")
+    finetune(config(opinions, tmp_path / "run", epochs=1))
+    assert (run / "scores.json").read_bytes() == scores
+    SpadeT5ForConditionalGeneration.from_pretrained(run / "model")
+
+
+def test_other_rows_are_refused_at_a_resume(opinions: dict[str, Path], tmp_path: Path) -> None:
+    glue = shutil.copytree(opinions["glue"], tmp_path / "moved")
+    task = {"name": "sst2", "source": {"name": "folder", "path": str(glue)}}
+    settings = config(opinions, tmp_path / "run", epochs=1)
+    finetune(settings)
+    finetune(config(opinions, tmp_path / "run", epochs=1, task=task))  # the same rows in another folder
+    lines = (glue / "SST-2" / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    for change in ([lines[0], *lines[:0:-1]], lines[:-1], [*lines, lines[-1]]):
+        (glue / "SST-2" / "train.tsv").write_text("".join(change), encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"data_fingerprint\.train: was '.*; a resumed run cannot change it"):
+            finetune(config(opinions, tmp_path / "run", epochs=1, task=task))
 
 
 def test_two_ranks_share_the_work_and_agree_with_one(opinions: dict[str, Path], tmp_path: Path) -> None:

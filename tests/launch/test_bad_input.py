@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spade_t5.checkpoint import list_checkpoints
+from spade_t5.checkpoint import list_checkpoints, write_manifest
+from spade_t5.checkpoint.manifest import file_entry, read_manifest
 from spade_t5.launch.cli import main
 from spade_t5.pretrain.store import TokenStore
 from spade_t5.testing import run_command
+from spade_t5.training.run_folder import Resume, open_run_folder
 
 TEXT = "The corpus of a test needs a few words in a row, and some more to make up a document of its own.\n"
 
@@ -227,14 +229,59 @@ def test_resume(refused: Refused, tmp_path: Path, run: Path, pretrain_words: Pre
     for change, line in (
         ("model.d_ff=96", "model.d_ff: was 64 in the checkpoint, is 96 now"),
         ("training.seed=1", "training.seed: was 0 in the checkpoint, is 1 now"),
-        ("training.global_batch_rows=8", "training.global_batch_rows: was 4 in the checkpoint, is 8 now"),
         ("objective.inputs_length=32", "objective.inputs_length: was 64 in the checkpoint, is 32 now"),
         (
             "training.optimizer={name: sgd, learning_rate: 1.0}",
             "training.optimizer.name: was 'adamw' in the checkpoint, is 'sgd' now",
         ),
     ):
+        assert f"{line}; a resumed run cannot change it" in refused([*words, change])
+    for change, line in (
+        (
+            "training.log_every_steps=3",
+            "training.steps: was 6 in the checkpoint, is 8 now; set it back, or add --allow-change",
+        ),
+        ("training.global_batch_rows=8", "training.global_batch_rows: was 4 in the checkpoint, is 8 now"),
+        ("training.clip_norm=2", "training.clip_norm: was 1.0 in the checkpoint, is 2.0 now"),
+    ):
         assert line in refused([*words, change])
+    words += ["training.clip_norm=2.0", "--allow-change", "training.clip_norm"]
+    assert "add --allow-change training.steps to change what is learned" in refused(words)
+    assert "--allow-change: model is never changed in a run" in refused([*words, "--allow-change", "model"])
+    assert main([*words, "--allow-change", "training.steps", "--strict-env"]) == 0
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-00000008"
+
+
+def test_other_libraries(refused: Refused, tmp_path: Path, run: Path, pretrain_words: PretrainWords) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000006"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["provenance"]["torch"] = "1.0"
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = read_manifest(checkpoint)
+    manifest["files"]["state.json"] = file_entry(checkpoint / "state.json")
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, manifest.pop("files"), **manifest)
+    line = refused([*pretrain_words(tmp_path / "run"), "--strict-env"])
+    assert "--strict-env: torch: 1.0 made the checkpoint, here is " in line
+    assert main(pretrain_words(tmp_path / "run")) == 0
+
+
+def test_a_run_folder_that_cannot_be_one(refused: Refused, tmp_path: Path, pretrain_words: PretrainWords) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, message in (("file", "is a file; choose another"), ("link", f"give run_dir={tmp_path / 'nowhere'}")):
+        line = refused(pretrain_words(tmp_path / name))
+        assert f"run_dir: {tmp_path / name} is a" in line
+        assert message in line
+
+
+def test_a_second_run_in_a_folder(refused: Refused, tmp_path: Path, pretrain_words: PretrainWords) -> None:
+    (tmp_path / "run").mkdir()
+    with open_run_folder(tmp_path / "run", Resume()):
+        lease = json.loads((tmp_path / "run" / "lease.json").read_text())
+        line = refused(pretrain_words(tmp_path / "run"))
+    assert f"run_dir: {tmp_path / 'run'} is in use by {lease['host']}:{lease['pid']}; wait for that run" in line
 
 
 @pytest.mark.parametrize("file", ["rank-00000.safetensors", "frozen.safetensors", "state.json"])
@@ -244,13 +291,14 @@ def test_a_damaged_checkpoint(
     shutil.copytree(run, tmp_path / "run")
     damaged = tmp_path / "run" / "checkpoints" / "step-00000006" / file
     damaged.write_bytes(damaged.read_bytes()[:-3] + b"xyz")
-    line = refused(pretrain_words(tmp_path / "run", "training.steps=8"))
-    assert str(damaged) in line
+    words = pretrain_words(tmp_path / "run")
+    assert str(damaged) in refused([*words, "--resume", str(damaged.parent)])
     assert str(damaged) in refused(["export", str(tmp_path / "run"), "--out", str(tmp_path / "new")])
     assert str(damaged) in refused(["evaluate", str(tmp_path / "run")])
-    # an older checkpoint still serves
-    earlier = str(damaged.parent.parent / "step-00000003")
-    assert main([*pretrain_words(tmp_path / "again"), "--resume", earlier]) == 0
+    # an older checkpoint still serves, by itself
+    assert main(words) == 0
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-00000003", "step-00000006", "step-00000006.abandoned"}
 
 
 def test_several_processes_without_deepspeed(
@@ -290,7 +338,7 @@ def test_stderr_of_the_real_command(tmp_path: Path, run: Path, tokenizer: Path, 
     for words, expected in (
         ([*prepare, "--strict"], "line 2: not JSON"),
         (pretrain_words(tmp_path / "new", "training.step=3"), "did you mean 'training.steps'?"),
-        (pretrain_words(tmp_path / "run"), "rank-00000.safetensors"),
+        ([*pretrain_words(tmp_path / "run"), "--resume", str(damaged.parent)], "rank-00000.safetensors"),
     ):
         done = run_command([sys.executable, "-m", "spade_t5.launch", *words])
         assert done.returncode == 2, done.stderr

@@ -96,10 +96,16 @@ def test_a_run_folder_holds_what_a_run_leaves(run: Path) -> None:
     assert len(train_losses(run)) == 6
 
 
-def test_a_finished_run_started_again_changes_nothing(run: Path, pretrain_words: Callable[..., list[str]]) -> None:
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
+def test_a_finished_run_started_again_changes_nothing(
+    run: Path, pretrain_words: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    def files() -> dict[Path, tuple[int, bytes]]:
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
+
+    before = files()
     assert main(pretrain_words(run)) == 0
-    assert {path: path.read_bytes() for path in before} == before
+    assert files() == before
+    assert "nothing to do: " in caplog.text
 
 
 def test_resume_from_an_earlier_checkpoint_gives_the_same_losses_and_weights(
