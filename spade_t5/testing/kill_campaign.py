@@ -319,7 +319,7 @@ def _spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def _assert_finished(group: RankGroup) -> None:
     codes = group.wait(30)
-    assert codes == [0] * NUM_RANKS, f"exit codes {codes}\n{group.stderr(0)[-3000:]}\n{group.stderr(1)[-3000:]}"
+    assert codes == [0] * NUM_RANKS, f"exit codes {codes}\n{group.errors()}"
     group.assert_gone(2)
 
 

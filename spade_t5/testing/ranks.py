@@ -82,8 +82,7 @@ class RankGroup:
         """
         if not self._has_ended(timeout_seconds):
             self._kill_session()
-            texts = "\n".join(f"rank {rank}: {self.stderr(rank)[-3000:]}" for rank in range(len(self.ranks)))
-            raise AssertionError(f"ranks ran past {timeout_seconds} s\n{texts}")
+            raise AssertionError(f"ranks ran past {timeout_seconds} s\n{self.errors()}")
         codes = self.log_dir / EXIT_CODES
         return json.loads(codes.read_text()) if codes.exists() else [None] * len(self.ranks)
 
@@ -106,6 +105,10 @@ class RankGroup:
     def stderr(self, rank: int) -> str:
         """What a rank has logged, and its traceback."""
         return (self.log_dir / f"rank-{rank}.err").read_text(encoding="utf-8", errors="replace")
+
+    def errors(self) -> str:
+        """The ends of what the ranks have logged, for messages."""
+        return "\n".join(f"rank {rank}: {self.stderr(rank)[-3000:]}" for rank in range(len(self.ranks)))
 
     def living(self) -> dict[int, str]:
         """Processes of the group that are not dead: launcher, ranks and whatever they started; id to name."""
@@ -176,8 +179,7 @@ def call_on_ranks(
     work = {"argv": None, "function": _function(function, arguments), "hook": None}
     with _launch(work, num_ranks, log_dir, env, 5) as group:
         codes = group.wait(timeout_seconds)
-        errors = "\n".join(f"rank {rank}: {group.stderr(rank)[-3000:]}" for rank in range(num_ranks))
-        assert codes == [0] * num_ranks, f"exit codes {codes}\n{errors}"
+        assert codes == [0] * num_ranks, f"exit codes {codes}\n{group.errors()}"
     return [json.loads((log_dir / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
