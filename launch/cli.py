@@ -14,6 +14,7 @@ import torch
 from spade_t5.errors import RunAbortedError, StopRequestedError, UserError
 from spade_t5.launch.rank import FOLDER_VARIABLE
 from spade_t5.launch.requirements import check_requirements
+from spade_t5.messages import OneLineFormatter, one_line
 from spade_t5.training import distributed
 from spade_t5.training.outcome import record_outcome, record_outcomes_in
 
@@ -58,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     words = parser.parse_args(argv)
     is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLineFormatter("%(message)s"))
+    handler.setLevel(logging.INFO if is_main else logging.WARNING)  # the log file of a rank has the rest
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("spade_t5").setLevel(logging.INFO)
-    if not is_main:
-        for handler in logging.getLogger().handlers:
-            handler.setLevel(logging.WARNING)  # the log file of a rank has the rest
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and warn of its guess
     if is_launched():
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         distributed.shutdown()
     if message and is_main and not is_launched():
-        print(f"spade-t5 {words.command}: {message}", file=sys.stderr)
+        print(f"spade-t5 {words.command}: {one_line(message)}", file=sys.stderr)
     return code
 
 
