@@ -211,7 +211,7 @@ def shutdown() -> None:
     """Leaves the process group; without it gloo's threads may abort the process at its end."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()  # engines hold further groups in reference cycles
+        gc.collect()  # engines hold further groups in reference cycles
 
 
 def end_process(code: int) -> NoReturn:
