@@ -25,7 +25,7 @@ HIDDEN_NAME = re.compile(r"\.(step-\d{8,})\.(tmp|replaced|deleted)")
 STARTED = ".started"
 """An empty file in an unfinished checkpoint, as old as the save."""
 CHECKPOINTS_BEFORE_START = 2
-"""Room for so many is needed at the start: one is kept while the next is written."""
+"""A folder needs room for so many, those that it holds included: one is kept while the next is written."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -139,16 +139,17 @@ def delete_checkpoint(path: Path) -> None:
 
 
 def check_free_space(folder: Path, checkpoint_bytes: int) -> None:
-    """Refuses to start where two checkpoints would not fit (main rank only).
+    """Refuses to start where two checkpoints would not fit, or one beside those that are there (main rank only).
 
     Raises:
         ConfigError: there is less room; the message has needed and free bytes.
     """
-    needed = CHECKPOINTS_BEFORE_START * checkpoint_bytes
+    count = max(1, CHECKPOINTS_BEFORE_START - len(list_checkpoints(folder)))
+    needed = count * checkpoint_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ConfigError(
-            f"run_dir: {folder} has {free:,} bytes free, two checkpoints need {needed:,}; free space or choose another folder"
+            f"run_dir: {folder} has {free:,} bytes free, the next {count} checkpoints need {needed:,}; free space or choose another folder"
         )
 
 

@@ -84,7 +84,11 @@ def test_newer_ones_are_set_aside_for_good(folder: Path, caplog: pytest.LogCaptu
 def test_room_for_two(tmp_path: Path) -> None:
     check_free_space(tmp_path, 1000)
     with pytest.raises(
-        ConfigError, match="bytes free, two checkpoints need 2,000,000,000,000,000; free space"
+        ConfigError, match="bytes free, the next 2 checkpoints need 2,000,000,000,000,000; free space"
     ) as refusal:
         check_free_space(tmp_path, 10**15)
     documented(str(refusal.value))
+    for step in (1, 2, 3):
+        save(tmp_path, tiny_backend(), step)
+    with pytest.raises(ConfigError, match="the next 1 checkpoints need 1,000,000,000,000,000"):
+        check_free_space(tmp_path, 10**15)
