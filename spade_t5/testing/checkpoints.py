@@ -61,7 +61,7 @@ def train(backend: Backend, steps: Iterable[int], average: WeightAverage | None 
     assert isinstance(width, int)
     losses = []
     for step in steps:
-        rows = torch.randn(4, width, generator=torch.Generator().manual_seed(step))
+        rows = torch.randn(4, width, generator=torch.Generator().manual_seed(step)).to(distributed.device())
         loss = (backend.model(rows) - 1).square().mean()
         backend.backward(loss)
         backend.step(1.0)
