@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spade_t5.errors import ConfigError, DataError
+from spade_t5.messages import one_line, shown
 
 Prediction = int | float | str
 TaskKind = Literal["classification", "regression", "generation"]
@@ -108,7 +109,7 @@ def class_index(value: object, allowed: Sequence[object], row: Row, task: str) -
         if type(value) is type(label) and value == label:
             return index
     labels = ", ".join(repr(label) for label in allowed)
-    raise DataError(f"{row.origin}: label {value!r} is outside the task {task}; allowed: {labels}")
+    raise DataError(f"{row.origin}: label {shown(value)} is outside the task {task}; allowed: {labels}")
 
 
 def field(row: Row, name: str) -> Any:
@@ -118,7 +119,9 @@ def field(row: Row, name: str) -> Any:
         DataError: the row has no such column.
     """
     if name not in row.fields:
-        raise DataError(f"{row.origin}: no field {name!r}; the row has: {', '.join(map(str, row.fields))}")
+        raise DataError(
+            f"{row.origin}: no field {name!r}; the row has: {one_line(', '.join(map(str, row.fields)), max_bytes=400)}"
+        )
     return row.fields[name]
 
 

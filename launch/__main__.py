@@ -1,9 +1,9 @@
 """`python -m spade_t5.launch`, which launchers start on every rank."""
 
 import sys
-import traceback
 
 from spade_t5.launch.cli import EXIT_FAULT, EXIT_STOPPED, is_launched, main
+from spade_t5.messages import show_fault
 from spade_t5.training import distributed
 
 if distributed.launched_world_size() == 1 and not is_launched():
@@ -11,7 +11,7 @@ if distributed.launched_world_size() == 1 and not is_launched():
 try:
     code = main()
 except Exception:
-    traceback.print_exc()
+    show_fault(*sys.exc_info())
     code = EXIT_FAULT
 # torchrun takes any other code for a failure and ends the other ranks, which may still be at their last files.
 distributed.end_process(0 if is_launched() and code == EXIT_STOPPED else code)

@@ -14,7 +14,7 @@ import torch
 from spade_t5.errors import RunAbortedError, StopRequestedError, UserError
 from spade_t5.launch.rank import FOLDER_VARIABLE
 from spade_t5.launch.requirements import check_requirements
-from spade_t5.messages import OneLineFormatter, one_line
+from spade_t5.messages import OneLineFormatter, one_line, show_fault
 from spade_t5.training import distributed
 from spade_t5.training.outcome import record_outcome, record_outcomes_in
 
@@ -45,7 +45,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends with exit code 2."""
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: {message}; {self.prog} --help shows what is known\n")
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {one_line(message)}; {self.prog} --help shows what is known\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arguments", nargs=argparse.REMAINDER, help="arguments of the command; COMMAND --help shows them"
     )
     words = parser.parse_args(argv)
+    os.umask(os.umask(0o077) | 0o002)  # nobody but user and group may change what is written, whatever was set
+    sys.excepthook = show_fault
     is_main = os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLineFormatter("%(message)s"))

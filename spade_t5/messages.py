@@ -3,7 +3,10 @@
 import logging
 import re
 import reprlib
+import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 
 MAX_MESSAGE_BYTES = 4096
 """Longest message of a log or on the terminal."""
@@ -51,6 +54,12 @@ def one_line(text: str, *, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
     if len(encoded) <= max_bytes:
         return text
     return f"{encoded[:half].decode('utf-8', 'ignore')} ... {encoded[-half:].decode('utf-8', 'ignore')}"
+
+
+def show_fault(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    """Prints a traceback as Python does, each of its lines by `one_line`: what failed may have had credentials in its hands."""
+    lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
+    print("\n".join(map(one_line, lines)), file=sys.stderr)
 
 
 class OneLineFormatter(logging.Formatter):

@@ -26,6 +26,7 @@ from spade_t5.finetune.task import (
     text_field,
     word_to_class,
 )
+from spade_t5.messages import shown
 
 UNKNOWN_VALUE = -1.0  # what T5 takes for generated text that is no number
 MAX_SIMILARITY = 5.0
@@ -143,7 +144,7 @@ class StsB(GlueTask):
         except (TypeError, ValueError):
             score = math.nan
         if not 0 <= score <= MAX_SIMILARITY:
-            raise DataError(f"{row.origin}: label {value!r} is outside the task {self.name}; allowed: 0 to 5")
+            raise DataError(f"{row.origin}: label {shown(value)} is outside the task {self.name}; allowed: 0 to 5")
         return Example(source=self._source_text(row), target=similarity_text(score), reference=score)
 
     def _postprocess(self, text: str) -> Prediction:

@@ -1,6 +1,7 @@
 """Generate text: one line in, one line out."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from spade_t5.hf.loading import load_model, load_tokenizer_of
 from spade_t5.launch.config_files import positive_int
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
 from spade_t5.training import distributed
+
+# An output is one line, and a model may have learned to write what steers a terminal.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,20 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     if arguments.input is None:
-        lines = sys.stdin.read().splitlines()
+        text = sys.stdin.read()
     else:
         try:
-            lines = arguments.input.read_text(encoding="utf-8").splitlines()
+            text = arguments.input.read_text(encoding="utf-8")
         except OSError as error:
             raise DataError(f"--input: {arguments.input}: {error.strerror}; give an existing text file") from None
         except UnicodeDecodeError:
             raise DataError(f"--input: {arguments.input} is not UTF-8 text; convert it first") from None
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     model = load_model(arguments.model, SpadeT5ForConditionalGeneration, device=distributed.device())
     options = {"num_beams": arguments.num_beams, "do_sample": arguments.sample}
     if arguments.sample:
         options["temperature"] = arguments.temperature
     tokenizer = load_tokenizer_of(arguments.model)
-    for text in generate_text(
+    for output in generate_text(
         model, tokenizer, lines, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size, **options
     ):
-        print(text.replace("\n", " "))
+        print(_CONTROL.sub(" ", output))

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from spade_t5.messages import one_line
 from spade_t5.training import distributed
 
 
@@ -47,7 +48,11 @@ def record_outcome(code: int, message: str, *, is_consequence: bool = False) -> 
     _is_recorded = True
     rank = distributed.rank()
     outcome = Outcome(
-        rank=rank, code=code, message=" ".join(message.split()), seconds=time.time(), is_consequence=is_consequence
+        rank=rank,
+        code=code,
+        message=one_line(" ".join(message.split())),
+        seconds=time.time(),
+        is_consequence=is_consequence,
     )
     path = _folder / f"rank-{rank}.json"
     unfinished = path.with_suffix(".tmp")
