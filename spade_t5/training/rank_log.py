@@ -3,20 +3,40 @@
 Until a run begins in earnest its records are kept in memory, so that a refused or finished run leaves no trace in its folder.
 """
 
+import contextlib
 import faulthandler
 import logging
 import logging.handlers
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
 
 from spade_t5.errors import RunAbortedError, StopRequestedError, UserError
 from spade_t5.messages import OneLineFormatter
 from spade_t5.training import distributed
 
-FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _MAX_RECORDS_IN_MEMORY = 10_000
+
+
+class LogFile(logging.FileHandler):
+    """A log file: each message from INFO on a line of its own, with its time. What a full disk does not take is left out."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file, to add to it."""
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
+        self.setLevel(logging.INFO)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing where the disk fails: the terminal has the message too, and who saves or writes metrics tells of the disk."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Closes the file, whatever the disk says."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class RankLog:
@@ -33,7 +53,7 @@ class RankLog:
             _MAX_RECORDS_IN_MEMORY, flushLevel=sys.maxsize, flushOnClose=False
         )
         self._memory.setLevel(logging.INFO)
-        self._file: logging.StreamHandler[TextIO] | None = None
+        self._file: LogFile | None = None
         self._was_enabled = faulthandler.is_enabled()
 
     def __enter__(self) -> Self:
@@ -44,11 +64,9 @@ class RankLog:
     def open_file(self) -> None:
         """Writes what was kept in memory to the file, and everything from now on."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        stream = self._path.open("a", encoding="utf-8", errors="backslashreplace")
-        self._file = logging.StreamHandler(stream)
-        self._file.setFormatter(OneLineFormatter(FORMAT))
-        self._file.setLevel(logging.INFO)
-        faulthandler.enable(stream)
+        self._file = LogFile(self._path)
+        assert self._file.stream is not None, "it is opened at once"
+        faulthandler.enable(self._file.stream)
         self._memory.setTarget(self._file)
         self._memory.flush()
         logging.getLogger().removeHandler(self._memory)
@@ -68,7 +86,7 @@ class RankLog:
             if self._was_enabled and sys.__stderr__ is not None:
                 faulthandler.enable(sys.__stderr__)
             logging.getLogger().removeHandler(self._file)
-            self._file.stream.close()
+            self._file.close()
         logging.getLogger().removeHandler(self._memory)
 
 

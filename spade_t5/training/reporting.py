@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spade_t5.errors import RunAbortedError
-from spade_t5.messages import OneLineFormatter
+from spade_t5.training.rank_log import LogFile
 
 logger = logging.getLogger("spade_t5")
 
@@ -56,6 +56,38 @@ class _Lines:
             self._file.close()
 
 
+class _TensorBoard:
+    """TensorBoard's files; where it is not installed, or its disk fails, the run goes on without."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            logger.warning("tensorboard is not installed: metrics go to %s only", METRICS_FILE)
+            return
+        with self._as_long_as_it_can_be_written():
+            self._writer = SummaryWriter(str(folder))
+
+    def add(self, numbers: Mapping[str, float], step: int) -> None:
+        with self._as_long_as_it_can_be_written():
+            for tag, value in numbers.items() if self._writer is not None else ():
+                self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        with self._as_long_as_it_can_be_written():
+            if self._writer is not None:
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _as_long_as_it_can_be_written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            logger.warning("tensorboard: cannot be written (%s): metrics go to %s only", error.strerror, METRICS_FILE)
+
+
 class Reporter:
     """Writes the metrics of one run and shows its progress."""
 
@@ -66,9 +98,8 @@ class Reporter:
         self._log_every_steps = log_every_steps
         self._metrics = _Lines(run_dir / METRICS_FILE)
         self._events = _Lines(run_dir / EVENTS_FILE)
-        self._tensorboard = _tensorboard_writer(run_dir / "tensorboard")
-        self._log_file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
-        self._log_file.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
+        self._tensorboard = _TensorBoard(run_dir / "tensorboard")
+        self._log_file = LogFile(run_dir / "log.txt")
         logger.addHandler(self._log_file)
         console = Console(stderr=True)
         self._progress = Progress(
@@ -97,17 +128,14 @@ class Reporter:
         self._progress.stop()
         self._metrics.close()
         self._events.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._tensorboard.close()
         logger.removeHandler(self._log_file)
         self._log_file.close()
 
     def record(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl; numbers also go to TensorBoard under `<split>/<name>`, those of mappings with one name for each level."""
         self._metrics.write(metrics)
-        if self._tensorboard is not None:
-            for tag, value in _scalars(metrics, metrics["split"]):
-                self._tensorboard.add_scalar(tag, value, metrics["step"])
+        self._tensorboard.add(dict(_scalars(metrics, metrics["split"])), metrics["step"])
 
     def event(self, values: dict[str, Any]) -> None:
         """One line of events.jsonl."""
@@ -170,8 +198,12 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
     axes.legend()
     axes.grid(alpha=0.3)
     path = run_dir / "plots" / "loss.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s): no loss curve is drawn", path, error.strerror)
+        return None
     return path
 
 
@@ -187,15 +219,6 @@ def _scalars(metrics: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, flo
             yield from _scalars(value, f"{prefix}/{name}")
         elif isinstance(value, (int, float)) and name != "step":
             yield f"{prefix}/{name}", value
-
-
-def _tensorboard_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.warning("tensorboard is not installed: metrics go to %s only", METRICS_FILE)
-        return None
-    return SummaryWriter(str(folder))
 
 
 def _duration(seconds: float) -> str:

@@ -22,6 +22,8 @@ from spade_t5.training.backend import SingleProcess
 from spade_t5.training.config import TrainingConfig
 from spade_t5.training.lease import LEASE_FILE
 from spade_t5.training.provenance import provenance
+from spade_t5.training.rank_log import LogFile
+from spade_t5.training.reporting import draw_loss_curve
 from spade_t5.training.run_folder import Resume, RunFolder, find_resume_point, open_run_folder
 from spade_t5.training.shared_folder import check_shared
 
@@ -412,3 +414,20 @@ def test_ranks_that_see_different_disks_are_refused(tmp_path: Path) -> None:
     assert f"does not see in {here} what rank 1 on {host} wrote there" in message
     documented(message)
     assert not [*here.iterdir(), *there.iterdir()]
+
+
+def test_a_log_on_a_full_disk_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    file = LogFile(Path("/dev/full"))
+    file.handle(logging.makeLogRecord({"msg": "a line", "levelno": logging.INFO}))
+    file.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",), "levelno": logging.INFO}))
+    file.close()
+    err = capfd.readouterr().err
+    assert "No space left" not in err
+    assert err.count("--- Logging error ---") == 1  # a fault of the program is not swallowed
+
+
+def test_a_loss_curve_without_a_place_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"split": "train", "step": 1, "loss": 2.0}\n')
+    (tmp_path / "plots").write_text("")
+    assert draw_loss_curve(tmp_path) is None
+    documented(caplog.text)
