@@ -167,9 +167,16 @@ def assert_same_tensors(checkpoint: Path, expected: Path, *, only: Iterable[str]
         assert state[key] == expected_state[key], key
 
 
-def assert_exact(run_dir: Path, expected: Path) -> None:
-    """Asserts that a run was as good as never disturbed: the same steps, every attempt of a step alike, the same last checkpoint."""
-    steps, expected_steps = lineage(run_dir), lineage(expected)
+def assert_exact(run_dir: Path, expected: Path, *, after_step: int = 0) -> None:
+    """Asserts that a run was as good as never disturbed: the same steps, every attempt of a step alike, the same last checkpoint.
+
+    Args:
+        run_dir: folder of the run under test.
+        expected: folder of an undisturbed run.
+        after_step: the run began from a checkpoint of this step, which another run had made.
+    """
+    steps = lineage(run_dir)
+    expected_steps = {step: facts for step, facts in lineage(expected).items() if step > after_step}
     assert steps.keys() == expected_steps.keys()
     different = [step for step in steps if steps[step] != expected_steps[step]]
     assert not different, f"step {different[0]}: {steps[different[0]]}, undisturbed {expected_steps[different[0]]}"
