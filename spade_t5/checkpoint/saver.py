@@ -11,7 +11,6 @@ The name `step-00000100` thus appears only over a checkpoint that is whole, on d
 import errno
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -24,19 +23,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 
 from spade_t5.checkpoint.folder import STARTED, checkpoint_path, hidden_path
-from spade_t5.checkpoint.manifest import (
-    FOLDER_MODE,
-    create,
-    file_sha256,
-    publish,
-    sync,
-    write_manifest,
-    write_small,
-)
+from spade_t5.checkpoint.manifest import FOLDER_MODE, write_manifest, write_small
 from spade_t5.checkpoint.retention import Retention
-from spade_t5.checkpoint.snapshot import Index, Snapshot, take_snapshot
-from spade_t5.checkpoint.state import FORMAT_VERSION, HELD_OUT_LOSS, STATE_FILE
-from spade_t5.checkpoint.tensor_file import write_tensors
+from spade_t5.checkpoint.snapshot import Snapshot, take_snapshot
+from spade_t5.checkpoint.state import HELD_OUT_LOSS, STATE_FILE
+from spade_t5.checkpoint.writing import WrittenPart, make_empty, put_in_place, read_back, state_content, write_own_files
 from spade_t5.errors import RunAbortedError, SaveError
 from spade_t5.training import distributed
 from spade_t5.training.backend import Backend
@@ -144,6 +135,8 @@ class CheckpointSaver:
         """Lets a save in flight end, well or not, and leaves the group; for the end of a run and the way out of an exception."""
         if self._thread is not None:
             self._thread.join(self._timeout_seconds)
+            if self._thread.is_alive():
+                return  # it holds the group
             if isinstance(self._outcome, RunAbortedError):
                 logger.warning("%s", self._outcome)
             self._thread, self._outcome = None, None
@@ -165,11 +158,11 @@ class CheckpointSaver:
         final = checkpoint_path(self._folder, snapshot.step)
         temporary = hidden_path(final, "tmp")
         what = f"the checkpoint of step {snapshot.step} was not written"
-        make = _only_main(lambda: _make_empty(temporary))
+        make = _only_main(lambda: make_empty(temporary))
         try:
             sizes = self._agree(what, lambda: (make(), snapshot.num_bytes)[1])
             needed = sum(sizes)
-            parts = self._agree(what, lambda: _write_own_files(temporary, snapshot), needed)
+            parts = self._agree(what, lambda: write_own_files(temporary, snapshot), needed)
             self._agree(what, _only_main(lambda: self._publish(temporary, final, snapshot, parts)), needed)
         except RunAbortedError:
             if distributed.is_main():
@@ -186,19 +179,19 @@ class CheckpointSaver:
             read_back_seconds=max(part.read_back_seconds for part in parts),
         )
 
-    def _publish(self, temporary: Path, final: Path, snapshot: Snapshot, parts: list["_Part"]) -> None:
+    def _publish(self, temporary: Path, final: Path, snapshot: Snapshot, parts: list[WrittenPart]) -> None:
         """Writes `state.json` and the manifest and gives the folder its name."""
         entries = {name: entry for part in parts for name, entry in part.entries.items()}
-        state = json.dumps(_state(snapshot, parts), allow_nan=False).encode()
+        state = json.dumps(state_content(snapshot, parts), allow_nan=False).encode()
         entries[STATE_FILE] = write_small(temporary / STATE_FILE, state)
-        _read_back(temporary / STATE_FILE, entries[STATE_FILE])
+        read_back(temporary / STATE_FILE, entries[STATE_FILE])
         loss = snapshot.facts.get(HELD_OUT_LOSS)
         facts = {"kind": "checkpoint", "step": snapshot.step} | ({} if loss is None else {HELD_OUT_LOSS: loss})
         if self._before_publishing is not None:
             facts |= self._before_publishing()
         write_manifest(temporary, entries, **facts)
         (temporary / STARTED).unlink()
-        _put_in_place(temporary, final)
+        put_in_place(temporary, final)
         self._retention.apply(self._folder, final)
 
     def _make_folder(self) -> None:
@@ -262,107 +255,6 @@ def save_checkpoint(folder: Path, backend: Backend, *, step: int, facts: dict[st
 class _Problem(NamedTuple):
     message: str
     is_forbidden: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Part:
-    """What a rank wrote."""
-
-    entries: dict[str, dict[str, Any]]
-    index: Index
-    whole: dict[str, dict[str, str]]
-    scalars: dict[str, dict[str, float]]
-    blocked_seconds: float
-    hash_seconds: float
-    sync_seconds: float
-    read_back_seconds: float
-
-
-def _write_own_files(folder: Path, snapshot: Snapshot) -> _Part:
-    """Writes this rank's files and reads them back."""
-    entries = {}
-    hash_seconds = sync_seconds = 0.0
-    for name, tensors in snapshot.files.items():
-        written = write_tensors(folder / name, tensors)
-        entries[name] = written.entry
-        hash_seconds += written.hash_seconds
-        sync_seconds += written.sync_seconds
-    started = time.perf_counter()
-    for name, entry in entries.items():
-        _read_back(folder / name, entry)
-    return _Part(
-        entries=entries,
-        index=snapshot.index,
-        whole=snapshot.whole,
-        scalars=snapshot.scalars,
-        blocked_seconds=snapshot.seconds,
-        hash_seconds=hash_seconds,
-        sync_seconds=sync_seconds,
-        read_back_seconds=time.perf_counter() - started,
-    )
-
-
-def _read_back(path: Path, entry: dict[str, Any]) -> None:
-    """Compares what the disk holds with what was in memory."""
-    _forget_cached(path)
-    if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
-        raise OSError(errno.EIO, "reads back different from what was written", str(path))
-
-
-def _forget_cached(path: Path) -> None:
-    """Asks the kernel to drop its copy of a file, so that the next read comes from the disk."""
-    if hasattr(os, "posix_fadvise"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
-def _state(snapshot: Snapshot, parts: list[_Part]) -> dict[str, Any]:
-    """Content of `state.json`, from what all ranks wrote."""
-    index: Index = {}
-    scalars: dict[str, dict[str, float]] = {}
-    for part in parts:
-        for key, names in part.index.items():
-            for name, pieces in names.items():
-                index.setdefault(key, {}).setdefault(name, []).extend(pieces)
-        for key, values in part.scalars.items():
-            scalars.setdefault(key, {}).update(values)
-    return {
-        "format_version": FORMAT_VERSION,
-        "step": snapshot.step,
-        **snapshot.facts,
-        "shapes": snapshot.shapes,
-        "scalars": scalars,
-        "whole": parts[0].whole,
-        "index": index,
-    }
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(FOLDER_MODE)
-    create(folder / STARTED).close()
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Publishes a folder; one that has the name already keeps it if that fails, and at no time is neither on disk."""
-    replaced = hidden_path(final, "replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        os.rename(final, replaced)
-    try:
-        publish(temporary, final)
-    except BaseException:
-        if final.exists():
-            os.rename(final, temporary)  # it has its name, but perhaps not on disk
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    if replaced.exists():
-        sync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _only_main(action: Callable[[], None]) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """Torn and tampered checkpoints: each is rejected by name, the one before is used, and a run never starts from scratch instead."""
 
+import errno
 import os
 import random
 import shutil
@@ -12,9 +13,11 @@ import torch
 from spade_t5.checkpoint import (
     checkpoint_folders,
     load_checkpoint,
+    manifest,
     newest_good_checkpoint,
     verify_checkpoint,
 )
+from spade_t5.checkpoint.manifest import read_manifest, write_manifest
 from spade_t5.errors import DataError
 from spade_t5.testing import documented
 from spade_t5.testing.checkpoints import forge, save, tiny_backend, train
@@ -88,6 +91,7 @@ def test_the_one_before_is_used(
     assert name in rejections[0] or (swapped and FILES[0] in rejections[0])
     for message in (*rejections, going_back):
         documented(message)
+        documented(message.partition(": ")[2] or message)
 
 
 def test_every_flipped_bit_is_found_and_named(checkpoints: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -103,7 +107,7 @@ def test_every_flipped_bit_is_found_and_named(checkpoints: Path, caplog: pytest.
         caplog.clear()
         assert newest_good_checkpoint(checkpoints) == checkpoints / "step-00000002", f"{name}, byte {place}"
         assert str(newest / name) in caplog.messages[0]
-        documented(caplog.messages[0])
+        documented(caplog.messages[0].partition(": ")[2])
         (newest / name).write_bytes(contents[name])
     assert newest_good_checkpoint(checkpoints) == newest
 
@@ -209,6 +213,47 @@ def test_names_that_leave_the_folder_are_refused(name: str, checkpoints: Path) -
         verify_checkpoint(newest)
     documented(str(refusal.value))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd"])
+def test_other_names_that_leave_the_folder_are_refused(name: str, checkpoints: Path) -> None:
+    newest = checkpoints / "step-00000003"
+    forge(newest, {"whole": {"factor": {"first.bias": name}}})
+    with pytest.raises(DataError, match=r"whole: .* not a plain file name") as refusal:
+        verify_checkpoint(newest)
+    documented(str(refusal.value))
+    entries = read_manifest(newest)["files"]
+    (newest / "manifest.json").unlink()
+    write_manifest(newest, {**entries, name: entries[FILES[0]]}, kind="checkpoint", step=3)
+    with pytest.raises(DataError, match=r"manifest\.json: names .* not a plain file name") as refusal:
+        verify_checkpoint(newest)
+    documented(str(refusal.value))
+
+
+def test_a_manifest_of_something_else(checkpoints: Path) -> None:
+    newest = checkpoints / "step-00000003"
+    (newest / "frozen.safetensors").unlink()
+    forge(newest)
+    with pytest.raises(DataError, match=r"does not list frozen\.safetensors") as refusal:
+        verify_checkpoint(newest)
+    documented(str(refusal.value))
+
+
+def test_a_disk_that_cannot_be_read(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hash_file = manifest.file_sha256
+
+    def fail(path: Path) -> str:
+        if path.parent.name == "step-00000003":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return hash_file(path)
+
+    monkeypatch.setattr(manifest, "file_sha256", fail)
+    assert newest_good_checkpoint(checkpoints) == checkpoints / "step-00000002"
+    assert "cannot be read (Input/output error)" in caplog.messages[0]
+    documented(caplog.messages[0])
+    documented(caplog.messages[0].removeprefix("rejected step-00000003: "))
 
 
 def test_a_file_that_is_not_in_the_manifest_is_not_read(checkpoints: Path) -> None:

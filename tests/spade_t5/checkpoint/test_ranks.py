@@ -18,9 +18,9 @@ from spade_t5.checkpoint import (
     load_checkpoint,
     newest_good_checkpoint,
     read_weights,
-    saver,
     take_snapshot,
     verify_checkpoint,
+    writing,
 )
 from spade_t5.errors import DataError, SaveError
 from spade_t5.testing import documented
@@ -122,9 +122,9 @@ def fail_on_rank_1(folder: str) -> list[str | None]:
     train(backend, [1])
     writer = CheckpointSaver(Path(folder), KEEP_ALL)
     messages: list[str | None] = []
-    write = saver.write_tensors
+    write = writing.write_tensors
     for step in (1, 2, 3):
-        saver.write_tensors = broken_disk if step == 2 and distributed.rank() == 1 else write
+        writing.write_tensors = broken_disk if step == 2 and distributed.rank() == 1 else write
         writer.save(take_snapshot(backend, step=step, facts={}))
         try:
             writer.wait()
@@ -149,6 +149,35 @@ def test_a_failure_of_one_rank_is_that_of_all(tmp_path: Path) -> None:
     assert "rank-00001.safetensors: Input/output error" in message
     documented(message)
     assert sorted(os.listdir(folder)) == ["step-00000001", "step-00000003"]
+
+
+def lose_rank_1(folder: str, log_dir: str) -> str | None:
+    """Rank 1 ends while it writes; returns what rank 0 says."""
+    start_processes()
+    backend = tiny_backend(zero_stage=1)
+    writer = CheckpointSaver(Path(folder), KEEP_ALL, timeout_seconds=60)
+    if distributed.rank() == 1:
+        Path(log_dir, "rank-1.json").write_text("null")
+        writing.write_tensors = end_here
+    writer.save(take_snapshot(backend, step=1, facts={}))
+    try:
+        writer.wait()
+    except SaveError as error:
+        return str(error)
+    return None
+
+
+def end_here(path: Path, tensors: Any) -> Any:
+    os._exit(0)
+
+
+def test_a_rank_that_is_gone(tmp_path: Path) -> None:
+    folder, logs = tmp_path / "checkpoints", tmp_path / "logs"
+    arguments = {"folder": str(folder), "log_dir": str(logs)}
+    message, _ = call_on_ranks(lose_rank_1, arguments, num_ranks=2, log_dir=logs)
+    assert "the ranks lost each other" in message
+    documented(message)
+    assert newest_good_checkpoint(folder) is None
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from spade_t5.checkpoint import (
     newest_good_checkpoint,
     read_weights,
     remove_unfinished,
-    saver,
     take_snapshot,
     verify_checkpoint,
+    writing,
 )
 from spade_t5.checkpoint.manifest import create, read_manifest
 from spade_t5.errors import RunAbortedError, SaveError
@@ -41,13 +41,13 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_open = threading.Event()
-        write = saver.write_tensors
+        write = writing.write_tensors
 
         def wait_and_write(*arguments: Any) -> Any:
             assert self.is_open.wait(60)
             return write(*arguments)
 
-        monkeypatch.setattr(saver, "write_tensors", wait_and_write)
+        monkeypatch.setattr(writing, "write_tensors", wait_and_write)
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_a_write_that_fails_half_way(trained: Backend, tmp_path: Path, monkeypat
 
 
 def test_a_disk_that_returns_something_else(trained: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = saver.write_tensors
+    write = writing.write_tensors
 
     def write_and_rot(path: Path, tensors: Any) -> Any:
         written = write(path, tensors)
@@ -264,7 +264,7 @@ def test_a_disk_that_returns_something_else(trained: Backend, tmp_path: Path, mo
         path.write_bytes(content)
         return written
 
-    monkeypatch.setattr(saver, "write_tensors", write_and_rot)
+    monkeypatch.setattr(writing, "write_tensors", write_and_rot)
     with pytest.raises(SaveError, match="reads back different from what was written") as failure:
         save(tmp_path, trained, 1)
     documented(str(failure.value))

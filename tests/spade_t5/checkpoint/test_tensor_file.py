@@ -80,6 +80,15 @@ def test_an_existing_file_or_link_is_not_written_to(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    with TensorFile(tmp_path / "x.safetensors") as file:
+        os.truncate(tmp_path / "x.safetensors", 100)
+        with pytest.raises(DataError, match="ends too early") as refusal:
+            file.read("matrix")
+    documented(str(refusal.value))
+
+
 def entry(begin: Any, end: Any, shape: Any = (2,), dtype: str = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
