@@ -126,9 +126,10 @@ class Watchdog:
         self._armed_until = 0.0
         self._is_hanging = threading.Event()
         self._is_closing = threading.Event()
+        self._must_look = threading.Event()
+        self._has_written_stacks = threading.Event()
         self._all_answered = threading.Event()
         self._reports: dict[int, Report] = {}
-        self._is_store_alive = False
         self._stacks_file: IO[str] | None = None
 
     def __enter__(self) -> "Watchdog":
@@ -152,7 +153,11 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Ends watching; leaves no empty file."""
+        if self._is_hanging.is_set():
+            # What brings the main thread here is that ranks end; the watchdog is about to, and knows the reason.
+            time.sleep(2 * ANSWER_SECONDS)
         self._is_closing.set()
+        self._must_look.set()
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(STACKS_SIGNAL)
         for thread in self._threads:
@@ -181,9 +186,10 @@ class Watchdog:
         now = time.monotonic()
         if phase == "step" and self._position.phase == "data" and self._position.step == step:
             return self._position._replace(phase="step")
-        return _Position(phase, step, now, now + self._limit(phase))
+        return _Position(phase, step, now, now + self.limit_seconds(phase))
 
-    def _limit(self, phase: Phase) -> float:
+    def limit_seconds(self, phase: Phase) -> float:
+        """How long the phase may take as things stand."""
         timeouts = self._timeouts
         if phase == "compile":
             return timeouts.compile_seconds
@@ -198,10 +204,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         """The thread that looks at the clock."""
-        while not self._is_closing.wait(POLL_SECONDS):
+        while not self._is_closing.is_set():
             if time.monotonic() > self._position.deadline or self._is_hanging.is_set():
                 self._is_hanging.set()
                 self._end_run()
+            self._must_look.wait(POLL_SECONDS)
 
     def _correspond(self) -> None:
         """The thread that talks to the other ranks: waits until some rank hangs, then says where this one is and learns where they are.
@@ -213,17 +220,25 @@ class Watchdog:
                 if self._is_closing.wait(POLL_SECONDS):
                     return
             self._store.set(_HANG_KEY, "1")
-            self._store.set(f"watchdog/{self._rank}", json.dumps(asdict(self._report())))
-            self._is_store_alive = True
             self._is_hanging.set()
-            missing = set(range(len(self._processes)))
-            while missing:
-                for rank in sorted(missing):
-                    if self._store.check([f"watchdog/{rank}"]):
-                        self._reports[rank] = Report(**json.loads(self._store.get(f"watchdog/{rank}")))
-                missing -= set(self._reports)
-                time.sleep(POLL_SECONDS / 10)
-            self._all_answered.set()
+            self._must_look.set()
+            # Whoever has all reports ends, and that breaks the others off: nobody reports before its stacks are written.
+            self._has_written_stacks.wait(ANSWER_SECONDS / 2)
+            self._store.set(f"watchdog/{self._rank}", json.dumps(asdict(self._report())))
+            self._read_reports()
+
+    def _read_reports(self) -> None:
+        everyone = range(len(self._processes))
+        while missing := set(everyone) - set(self._reports):
+            for rank in sorted(missing):
+                if self._store.check([f"watchdog/{rank}"]):
+                    self._reports[rank] = Report(**json.loads(self._store.get(f"watchdog/{rank}")))
+            time.sleep(POLL_SECONDS / 10)
+        readers = self._store.add("watchdog/readers", 1)
+        while self._rank == 0 and readers < len(everyone):  # the store ends with this rank
+            time.sleep(POLL_SECONDS / 10)
+            readers = self._store.add("watchdog/readers", 0)
+        self._all_answered.set()
 
     def _report(self) -> Report:
         position = self._position
@@ -238,6 +253,7 @@ class Watchdog:
         """Writes what this rank knows, names the culprit, and ends the process."""
         own = self._report()
         self._write_stacks(own)
+        self._has_written_stacks.set()
         if len(self._processes) > 1:
             self._all_answered.wait(ANSWER_SECONDS)
         else:
@@ -255,7 +271,7 @@ class Watchdog:
         os._exit(1)
 
     def _silent_ranks(self, reports: dict[int, Report]) -> list[int]:
-        if len(self._processes) > 1 and not self._is_store_alive:
+        if self._rank not in reports:
             return [0]  # which holds the store, and does not serve it
         return [rank for rank in range(len(self._processes)) if rank not in reports]
 
