@@ -21,8 +21,8 @@ from spade_t5.checkpoint import (
     CheckpointSaver,
     Retention,
     check_free_space,
-    list_checkpoints,
     load_checkpoint,
+    newest_good_checkpoint,
     take_snapshot,
 )
 from spade_t5.checkpoint.request import take_request
@@ -332,13 +332,13 @@ class Trainer:
             raise RunAbortedError(
                 f"step {self._step}: {reason}; went back {self._rollbacks - 1} times since the last checkpoint, and it came again"
             )
-        checkpoints = list_checkpoints(self.run_dir / "checkpoints")
-        if not checkpoints:
+        newest = newest_good_checkpoint(self.run_dir / "checkpoints")
+        if newest is None:
             if skips_data:
                 return False
             raise RunAbortedError(f"step {self._step}: {reason}; there is no checkpoint to go back to, start again")
         at, cursor, skipped = self._step, self._cursor, self._skipped
-        self.resume(checkpoints[-1])
+        self.resume(newest, is_verified=True)
         if skips_data:
             assert cursor is not None
             self._cursor = self._merged(cursor)
