@@ -16,6 +16,7 @@ BENCHMARKS = {
     "encoder": ("encoder", "the encoder's time per token and memory as rows get longer"),
     "step": ("step", "a training step beside Hugging Face's T5 and LongT5"),
     "data": ("data", "preparing, loading and corrupting text, beside the tokenizer, the model and the usual collator"),
+    "checkpoints": ("checkpoints", "what saving costs training, and save and load beside the bare disk"),
     "glue": ("glue", "`mini` fine-tuned from scratch on GLUE"),
 }
 """Name to module of `spade_t5.benchmarks`, with `add_arguments` and `run`, and summary."""

@@ -27,6 +27,17 @@ def test_step_beside_one_peer(tmp_path: Path) -> None:
     assert set(comparison["speedup_over"]) == {"hf-longt5"}
 
 
+def test_checkpoints_beside_the_disk(tmp_path: Path) -> None:
+    words = ["--preset", "tiny", "--batch-rows", "1", "--steps", "4", "--saves", "2", "--rounds", "1"]
+    assert main(["bench", "checkpoints", *words, "--folder", str(tmp_path), "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "checkpoints.json").read_text())
+    assert len(results["training"]["reports"]) == results["training"]["saves"] == 2
+    assert all(0 < found["blocked_seconds"] < found["write_seconds"] for found in results["training"]["reports"])
+    assert results["training"]["reports"][0]["num_bytes"] == results["alone"]["num_bytes"] > 4 * 4 * 4_900_000
+    assert results["alone"]["gigabytes_per_second"].keys() >= {"save", "load", "bare write and fsync", "bare read"}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints.json"]
+
+
 @pytest.mark.dev_data
 def test_data_on_real_text(tmp_path: Path) -> None:
     text, tokenizer = dev_data() / "text" / "c4_en.jsonl.gz", dev_data() / "tokenizer" / "t5_tokenizer_base.model"
@@ -44,6 +55,7 @@ def test_data_on_real_text(tmp_path: Path) -> None:
         (["step", "--compare", "hf-bert"], "--compare: hf-bert is unknown; use some of hf-t5,hf-longt5"),
         (["data", "--text", "a.jsonl.gz"], "--text: goes with --tokenizer; give both or neither"),
         (["data", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["checkpoints", "--steps", "3"], "--steps: 3 must be at least the number of saves, 4"),
         (["speed"], "argument NAME: invalid choice: 'speed'"),
     ],
 )
