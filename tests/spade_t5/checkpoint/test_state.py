@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from spade_t5.checkpoint import load_checkpoint, read_state, read_weights, verify_checkpoint
+from spade_t5.checkpoint.manifest import content_hash
 from spade_t5.errors import DataError
 from spade_t5.testing import documented
 from spade_t5.testing.checkpoints import forge, save, tiny_backend, train
@@ -50,11 +52,11 @@ def mutated(tree: Any, draw: random.Random) -> Any:
     return tree
 
 
-def refusal(checkpoint: Path) -> str | None:
+def refusal(checkpoint: Path, *, is_verified: bool = True) -> str | None:
     """Why a checkpoint is refused, if it is."""
     try:
         read_weights(checkpoint)
-        state = load_checkpoint(checkpoint, tiny_backend(), is_verified=True)
+        state = load_checkpoint(checkpoint, tiny_backend(), is_verified=is_verified)
         state["tokens"]
     except DataError as error:
         return str(error)
@@ -79,6 +81,38 @@ def test_a_thousand_mutations(checkpoint: Path) -> None:
     for message in refusals:
         documented(message)
     assert refusal(checkpoint) is None
+
+
+def test_mutated_manifests_and_headers(checkpoint: Path, tmp_path: Path) -> None:
+    """A forger makes the hashes agree; what is then read still makes sense, or is refused."""
+    copy = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
+    contents = json.loads((copy / "manifest.json").read_text())
+    contents.pop("sha256")
+    tensors = copy / "rank-00000.safetensors"
+    original = tensors.read_bytes()
+    header_bytes = int.from_bytes(original[:8], "little")
+    draw = random.Random(0)
+    refusals = set()
+    for number in range(300):
+        if number % 2:
+            text = bytearray(original)
+            text[draw.randrange(8 + header_bytes)] = draw.randrange(256)
+            tensors.write_bytes(text)
+            forge(copy)
+        else:
+            tensors.write_bytes(original)
+            facts = mutated(contents, draw)
+            text = json.dumps({**facts, "sha256": content_hash(facts)}, indent=1).encode()
+            (copy / "manifest.json").write_bytes(text)
+        message = refusal(copy, is_verified=False)
+        if message is not None:
+            refusals.add(message)
+            assert message.startswith(str(copy))
+            assert message.isprintable()
+        (copy / "manifest.json").write_bytes((checkpoint / "manifest.json").read_bytes())
+    assert len(refusals) > 30
+    for message in refusals:
+        documented(message)
 
 
 @pytest.mark.parametrize(
