@@ -13,6 +13,7 @@ from spade_t5.data.files import BadRows, TextDocuments, check_suffix, expand_pat
 from spade_t5.data.lines import MAX_LINE_BYTES
 from spade_t5.data.pydocs import PyDoc, Split, read_pydocs, split_of
 from spade_t5.errors import DataError
+from spade_t5.messages import one_line, without_credentials
 
 
 class Document(NamedTuple):
@@ -140,7 +141,12 @@ class HubCorpus:
         except OSError as error:
             raise self._failure(error) from None
         return _RowFiles(
-            origin={"name": self.name, "dataset": self.dataset, "subset": self.subset, "split": self.split},
+            origin={
+                "name": self.name,
+                "dataset": without_credentials(self.dataset),
+                "subset": self.subset,
+                "split": self.split,
+            },
             files=files,
             text_field=self.text_field,
             text_documents=self.text_documents,
@@ -148,7 +154,7 @@ class HubCorpus:
         )
 
     def _failure(self, error: Exception) -> DataError:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(" ".join(str(error).split()), max_bytes=300)
         return DataError(f"corpus.dataset: {self.dataset} cannot be loaded: {reason}")
 
 
@@ -189,7 +195,7 @@ class _RowFiles:
     def fingerprint(self) -> dict[str, Any]:
         return {
             **self.origin,
-            "files": [list(file) for file in self.files],
+            "files": [[without_credentials(file.name), file.num_bytes] for file in self.files],
             "text_field": self.text_field,
             "text_documents": self.text_documents,
             "max_line_bytes": self.max_line_bytes,

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from spade_t5.checkpoint.manifest import sync
 from spade_t5.data.bad_rows import BadRow, BadRowLimits, BadRows
 from spade_t5.errors import DataError
+from spade_t5.messages import without_credentials
 from spade_t5.pretrain.corpora import Corpus, Document, SourceFile
 from spade_t5.pretrain.encoding import TextEncoder, Tokens, is_held_out
 from spade_t5.pretrain.store import SPLITS, Shard, write_json, write_shard
@@ -300,7 +301,8 @@ class _UnitWriter:
             self._move(row_place._replace(line=0))
             self.file_rows += 1
             self.file_bad_rows += 1
-            self._bad_rows.append(self._waiting.popleft())
+            self._waiting.popleft()
+            self._bad_rows.append(row._replace(file=without_credentials(row.file)))
 
     def _move(self, place: Place) -> None:
         """Goes on to a place; in another file, its rows are counted anew."""

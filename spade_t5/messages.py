@@ -15,9 +15,9 @@ _MAX_SHOWN = 200
 _MAX_INTEGER_BITS = 256
 
 # A path that was a URL has one slash left behind the colon.
-_USER_OF_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^/\s?#]+@")
+_USER_OF_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}:/{1,2})[^/\s?#]+@")
 _SECRET_PARAMETER = re.compile(
-    r"([?&][\w.-]*(?:token|key|secret|signature|password|credential|sig)[\w.-]*=)[^&#\s'\"]+", re.IGNORECASE
+    r"([?&][\w.-]{0,40}(?:token|key|secret|signature|password|credential|sig)[\w.-]{0,40}=)[^&#\s'\",;]+", re.IGNORECASE
 )
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
@@ -80,6 +80,9 @@ class _Short(reprlib.Repr):
         self.maxlevel = 3
         self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 16
         self.maxstring = self.maxother = _MAX_SHOWN
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(without_credentials(x), level)
 
     def repr_int(self, x: int, level: int) -> str:
         # Python refuses to write an integer of many digits.
