@@ -219,23 +219,23 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def test_the_first_error_is_shown_and_starts_are_counted(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_restarts", [0, pytest.param(2, marks=pytest.mark.faults)])
+def test_the_first_error_is_shown_and_starts_are_counted(max_restarts: int, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(BROKEN_ON_RANK_1)
-    command = [*SPADE_T5, "launch", "local", "--nproc-per-node", "2", "--max-restarts", "1", "--", "pretrain"]
+    command = [*SPADE_T5, "launch", "local", "--nproc-per-node", "2", "--max-restarts", str(max_restarts)]
     done = run_command(
-        [*command, str(recipe), f"run_dir={tmp_path / 'run'}"],
+        [*command, "--", "pretrain", str(recipe), f"run_dir={tmp_path / 'run'}"],
         env={"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])},
     )
     assert done.returncode == 1
     logs = tmp_path / "run" / "logs"
     said = [line for line in done.stderr.splitlines() if line.startswith("spade-t5 launch: ")]
     failure = f"spade-t5 launch: rank 1: RuntimeError: broken on purpose; its log is {logs / 'rank-00001.err'}"
-    assert said == [
-        failure,
-        "spade-t5 launch: starting again, 1 of 1 without a new checkpoint",
-        failure,
-        f"spade-t5 launch: giving up after --max-restarts 1 without a new checkpoint; the logs are in {logs}",
-    ]
+    expected = [failure]
+    for start in range(1, max_restarts + 1):
+        expected += [f"spade-t5 launch: starting again, {start} of {max_restarts} without a new checkpoint", failure]
+    end = f"giving up after --max-restarts {max_restarts} without a new checkpoint; the logs are in {logs}"
+    assert said == [*expected, f"spade-t5 launch: {end}"]
     for line in said:
         documented(line)
     assert "broken on purpose" in (logs / "rank-00001.err").read_text()

@@ -51,7 +51,6 @@ def hang(folder: str, how: str, culprit: int) -> None:
     [
         ("loader", 1, r"waits for its training rows in data of step 3 for \d+\.\d s; the others wait for it"),
         ("computing", 0, r"does not get on in step of step 3 for \d+\.\d s; the others wait for it"),
-        ("stopped", 1, "did not answer within 5 s: stopped, or its machine is gone; the others are in step of step 3"),
         ("stopped", 0, "did not answer within 5 s: stopped, or its machine is gone"),  # which holds the store
         ("holding the interpreter", 1, "did not answer within 5 s: stopped, or its machine is gone; the others"),
     ],
