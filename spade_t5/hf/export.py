@@ -18,6 +18,7 @@ from spade_t5.checkpoint.manifest import FILE_MODE, FOLDER_MODE, file_entry
 from spade_t5.classification import SpadeT5ForSequenceClassification
 from spade_t5.errors import ConfigError, DataError
 from spade_t5.hf.loading import build_model, find_checkpoint, load_config, load_tokenizer_of
+from spade_t5.messages import shown
 from spade_t5.modeling import SpadeT5ForConditionalGeneration, SpadeT5PreTrainedModel
 from spade_t5.training.reporting import METRICS_FILE, read_metrics
 
@@ -80,7 +81,7 @@ def _load(run: Path, step: int | None, is_averaged: bool) -> tuple[Path, dict[st
             raise ConfigError(f"{run}: not a run folder (it has no checkpoints/)")
         try:
             state = read_state(checkpoint)
-            model = build_model(MODEL_CLASSES[state["model_class"]], load_config(checkpoint), seed=0)
+            model = build_model(_model_class(checkpoint, state), load_config(checkpoint), seed=0)
             load_weights_into(model, checkpoint, is_averaged=is_averaged)
         except DataError:
             if checkpoint.exists():
@@ -94,6 +95,15 @@ def _load(run: Path, step: int | None, is_averaged: bool) -> tuple[Path, dict[st
             return checkpoint, state, model.eval()
 
 
+def _model_class(checkpoint: Path, state: dict[str, Any]) -> type[SpadeT5PreTrainedModel]:
+    name = state["model_class"]
+    if name not in MODEL_CLASSES:
+        raise DataError(
+            f"{checkpoint}: model_class: {shown(name)} is none of {', '.join(MODEL_CLASSES)}; use the version that wrote it"
+        )
+    return MODEL_CLASSES[name]
+
+
 def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str:
     """The README of an exported folder: what it was trained on, for how long, and how well it did.
 
@@ -103,6 +113,7 @@ def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str
         num_parameters: size of the model.
     """
     config = state["config"]
+    training = config.get("training") or {}
     data = config.get("data") or {"task": config.get("task")}
     lines = [
         "---",
@@ -127,7 +138,7 @@ def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str
         f"- steps: {state['step']:,}; input tokens seen: {state['tokens']:,}",
         f"- data: `{json.dumps(data)}`",
         f"- objective: `{json.dumps(config.get('objective') or config.get('mode'))}`",
-        f"- optimizer: `{json.dumps(config['training']['optimizer'])}`, precision {config['training']['precision']}",
+        f"- optimizer: `{json.dumps(training.get('optimizer'))}`, precision {training.get('precision')}",
         f"- software: `{json.dumps(state['provenance'])}`",
     ]
     if state.get("initialised_from"):

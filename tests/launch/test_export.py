@@ -21,6 +21,7 @@ from spade_t5.checkpoint import list_checkpoints, read_weights, verify_folder
 from spade_t5.hf import export
 from spade_t5.launch.cli import main
 from spade_t5.testing import documented
+from spade_t5.testing.checkpoints import forge
 from spade_t5.testing.ranks import launch_ranks
 
 Said = Callable[..., tuple[int, str, str]]
@@ -63,6 +64,17 @@ def test_verify_goes_over_all_checkpoints_of_a_run(own_run: Path, said: Said) ->
     assert said("verify", sixth)[0] == 0
     (sixth / "more.bin").touch()
     assert "more.bin" in said("verify", sixth)[2]
+    shutil.rmtree(own_run / "checkpoints")
+    (own_run / "checkpoints").mkdir()
+    assert "holds no checkpoint" in said("verify", own_run)[2]
+
+
+def test_a_checkpoint_of_another_class_or_with_an_empty_config(own_run: Path, tmp_path: Path, said: Said) -> None:
+    newest = own_run / "checkpoints" / "step-00000006"
+    forge(newest, {"config": {}})
+    assert said("export", own_run, "--out", tmp_path / "model")[0] == 0
+    forge(newest, {"model_class": "os.system"})
+    assert "model_class: 'os.system' is none of" in said("export", own_run, "--out", tmp_path / "other")[2]
 
 
 def test_averages(tmp_path: Path, pretrain_words: Callable[..., list[str]], run: Path, said: Said) -> None:
