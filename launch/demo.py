@@ -79,16 +79,17 @@ class _Stages:
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, words: list[str], *, is_parallel: bool = False) -> None:
-        """Runs one `spade-t5` command, under torchrun where all processes take part."""
-        launcher = [sys.executable, "-m"]
+        """Runs one `spade-t5` command, by its launcher where all processes take part."""
         threads = os.cpu_count() or 1
         if is_parallel:
-            launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self._processes), "-m"]
+            words = ["launch", "local", "--nproc-per-node", str(self._processes), "--", *words]
             threads = self._threads
         print(f"\n=== {name}: {shlex.join(['spade-t5', *words])}", flush=True)
         started = time.monotonic()
         done = subprocess.run(
-            [*launcher, "spade_t5.launch", *words], env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False
+            [sys.executable, "-m", "spade_t5.launch", *words],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            check=False,
         )
         if done.returncode != 0:
             raise DemoFailedError(f"the stage {name!r} ended with exit code {done.returncode}")
