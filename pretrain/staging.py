@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,14 +39,17 @@ def stage(store: Path, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f".{final.name}.lock"):
+            partial = folder / f".{final.name}.partial"
+            _check_owner(partial)
             if not final.exists():
-                _copy(source, folder / f".{final.name}.partial", final)
+                _copy(source, partial, final)
     except OSError as error:
         if error.errno is None:
             raise
         raise DataError(
             f"staging_dir: {error.filename or folder}: {error.strerror}; make room or choose another disk, what was copied is kept"
         ) from None
+    _check_owner(final)
     try:
         TokenStore.open(final)
     except DataError as error:
@@ -76,6 +80,20 @@ def _copy(source: TokenStore, partial: Path, final: Path) -> None:
     publish(partial, final)
 
 
+def _check_owner(copy: Path) -> None:
+    """Refuses what somebody else has put into a folder that all may write to, such as /tmp: a link, or a copy with other text.
+
+    Raises:
+        DataError: it is a link, or belongs to another user than this one or root.
+    """
+    try:
+        found = copy.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+        raise DataError(f"staging_dir: {copy} is a link or belongs to somebody else; choose a folder of your own")
+
+
 def _is_there(file: Path, num_bytes: int, sha256: str) -> bool:
     return file.is_file() and file.stat().st_size == num_bytes and file_sha256(file) == sha256
 
@@ -100,6 +118,10 @@ def _copy_file(source: Path, target: Path, sha256: str) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds a lock that ends with the process, however that ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # Neither emptied nor followed: another user may have put a link there.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

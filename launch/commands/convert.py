@@ -4,7 +4,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from spade_t5.checkpoint import publish
+from spade_t5.checkpoint import publish, write_manifest
+from spade_t5.checkpoint.manifest import file_entry
 from spade_t5.errors import ConfigError
 from spade_t5.hf.conversion import convert_checkpoint
 from spade_t5.hf.tokenizer import load_tokenizer
@@ -23,12 +24,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--out: {out} already exists; choose another folder or remove it")
     temporary = out.parent / f".{out.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         convert_checkpoint(arguments.source, temporary)
         load_tokenizer(arguments.source).save_pretrained(temporary)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    publish(temporary, out)
+        write_manifest(temporary, {path.name: file_entry(path) for path in temporary.iterdir()}, kind="export")
+        publish(temporary, out)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {out} cannot be written ({error.strerror}); free space or choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     print(out)
