@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from spade_t5.checkpoint.manifest import FOLDER_MODE
 from spade_t5.errors import RunAbortedError, StopRequestedError, UserError
 from spade_t5.messages import OneLineFormatter
 from spade_t5.training import distributed
@@ -63,7 +64,7 @@ class RankLog:
 
     def open_file(self) -> None:
         """Writes what was kept in memory to the file, and everything from now on."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
         self._file = LogFile(self._path)
         assert self._file.stream is not None, "it is opened at once"
         faulthandler.enable(self._file.stream)
@@ -92,11 +93,12 @@ class RankLog:
 
 def _last_record(error: BaseException) -> logging.LogRecord:
     is_expected = isinstance(error, (UserError, RunAbortedError, StopRequestedError))
+    level = logging.INFO if isinstance(error, StopRequestedError) else logging.ERROR
     return logging.makeLogRecord(
         {
             "name": "spade_t5",
-            "levelno": logging.ERROR,
-            "levelname": "ERROR",
+            "levelno": level,
+            "levelname": logging.getLevelName(level),
             "msg": "%s",
             "args": (str(error) if is_expected else f"ended by {type(error).__name__}",),
             "exc_info": None if is_expected else (type(error), error, error.__traceback__),

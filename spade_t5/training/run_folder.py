@@ -22,7 +22,7 @@ from spade_t5.checkpoint import (
     verify_together,
 )
 from spade_t5.checkpoint.folder import checkpoint_step
-from spade_t5.checkpoint.manifest import content_hash, whole_file
+from spade_t5.checkpoint.manifest import FOLDER_MODE, content_hash, whole_file
 from spade_t5.checkpoint.state import STATE_FILE
 from spade_t5.config import ConfigDict, dump_yaml
 from spade_t5.errors import ConfigError
@@ -133,7 +133,7 @@ class RunFolder:
     def _write(self, resolved: ConfigDict) -> None:
         checkpoints = self.path / "checkpoints"
         try:
-            checkpoints.mkdir(exist_ok=True)
+            checkpoints.mkdir(FOLDER_MODE, exist_ok=True)
             remove_unfinished(checkpoints)
             if self._state:
                 set_aside_newer(checkpoints, self._state["step"])

@@ -5,7 +5,7 @@ import secrets
 import time
 from pathlib import Path
 
-from spade_t5.checkpoint.manifest import sync, whole_file
+from spade_t5.checkpoint.manifest import FOLDER_MODE, sync, whole_file
 from spade_t5.errors import ConfigError
 from spade_t5.messages import printable
 from spade_t5.training import distributed
@@ -29,7 +29,7 @@ def make_folder(run_dir: Path) -> list[Path]:
         _check_plain(run_dir)
         for folder in (*reversed(run_dir.parents), run_dir):
             if not folder.exists():
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(FOLDER_MODE, exist_ok=True)
                 made.insert(0, folder)
     except (OSError, ValueError) as error:  # a name that no file can have
         remove_empty(made)

@@ -431,3 +431,14 @@ def test_a_loss_curve_without_a_place_is_left_out(tmp_path: Path, caplog: pytest
     (tmp_path / "plots").write_text("")
     assert draw_loss_curve(tmp_path) is None
     documented(caplog.text)
+
+
+def test_nobody_else_may_change_what_a_run_goes_on_from(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        with open_run_folder(tmp_path / "run", Resume()) as folder:
+            folder.begin(CONFIG)
+            paths = [folder.path, *(folder.path / name for name in ("checkpoints", "logs", "config.yaml", LEASE_FILE))]
+            assert [path for path in paths if path.stat().st_mode & 0o022] == []
+    finally:
+        os.umask(umask)
