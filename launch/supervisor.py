@@ -107,7 +107,9 @@ def supervise(launch: Launch) -> int:
                 return ending.code
             restarts = 0 if _newest_checkpoint(launch.run_dir) != newest else restarts
             if restarts == launch.max_restarts:
-                _say(f"giving up after --max-restarts {restarts} without a new checkpoint; the logs are in {launch.logs}")
+                _say(
+                    f"giving up after --max-restarts {restarts} without a new checkpoint; the logs are in {launch.logs}"
+                )
                 return EXIT_FAULT
             restarts += 1
             _say(f"starting again, {restarts} of {launch.max_restarts} without a new checkpoint")
@@ -251,10 +253,11 @@ class _Group:
         has_ended_well = self._agent.returncode == 0 and len(own) == self._launch.num_ranks
         if stopped and (has_ended_well or self._stop.is_requested):
             return Ending(EXIT_STOPPED, stopped[0].message)
-        if self._stop.is_requested and not has_ended_well:
-            return Ending(EXIT_STOPPED, "stopped on request; start the same command again to go on")
         if has_ended_well:
             return Ending(0, "")
+        # A rank that was asked twice ends at once, without a word to the others or to us.
+        if self._stop.is_requested or EXIT_STOPPED in self._reported_codes().values():
+            return Ending(EXIT_STOPPED, "stopped on request; start the same command again to go on")
         return Ending(EXIT_FAULT, self._silent_failure(outcomes))
 
     def _failure(self, outcome: Outcome) -> Ending:

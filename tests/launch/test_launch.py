@@ -1,5 +1,6 @@
 """`spade-t5 launch local`: real processes under torchrun that are killed, stopped and asked to end."""
 
+import itertools
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from typing import Self
 
 import psutil
 import pytest
+import torch
 
 from spade_t5.checkpoint import list_checkpoints
 from spade_t5.launch.cli import main
@@ -20,6 +22,7 @@ from spade_t5.launch.rank import output_files
 from spade_t5.testing import documented, launch_ranks, run_command
 from spade_t5.testing.runs import assert_exact, attempts, lineage, write_recipe
 from spade_t5.training import data as training_data
+from spade_t5.training.deepspeed import DeepSpeedBackend
 
 SPADE_T5 = [sys.executable, "-m", "spade_t5.launch"]
 STEPS = 24
@@ -285,6 +288,129 @@ def test_a_hang_is_noticed_and_named_and_the_next_start_goes_on(
         assert "most recent call first" in (run_dir / "logs" / f"rank-{rank:05d}.stacks.txt").read_text()
     with launch_ranks(command, num_ranks=2, log_dir=tmp_path / "second") as group:
         assert group.wait() == [0, 0], group.stderr(0)
+    assert_exact(run_dir, undisturbed)
+
+
+def signal_in_backward(rank: int, number: int, times: int) -> None:
+    """A hook: a rank is asked to stop between the micro-batches of step 5, once or twice."""
+    if int(os.environ["RANK"]) != rank:
+        return
+    backward, calls = DeepSpeedBackend.backward, itertools.count()
+
+    def interrupted(self: DeepSpeedBackend, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        if next(calls) == 4 * 2:
+            for i in range(times):
+                time.sleep(1.5 * i)
+                os.kill(os.getpid(), number)
+
+    DeepSpeedBackend.backward = interrupted  # type: ignore[method-assign]
+
+
+def signal_in_save(rank: int, number: int) -> None:
+    """A hook: a rank is asked to stop while the checkpoint of step 6 gets its name."""
+    if int(os.environ["RANK"]) == rank:
+
+        def watch(event: str, arguments: tuple[object, ...]) -> None:
+            if event == "os.rename" and str(arguments[1]).endswith("step-00000006"):
+                os.kill(os.getpid(), number)
+
+        sys.addaudithook(watch)
+
+
+def block_save(seconds: float) -> None:
+    """A hook: the checkpoint of step 4 does not get its name in time."""
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.rename" and str(arguments[1]).endswith("step-00000004"):
+            time.sleep(seconds)
+
+    sys.addaudithook(watch)
+
+
+@pytest.mark.parametrize(
+    ("hook", "arguments"),
+    [
+        (signal_in_backward, {"rank": 1, "number": signal.SIGTERM, "times": 1}),
+        (signal_in_save, {"rank": 0, "number": signal.SIGUSR1}),
+    ],
+    ids=["between micro-batches", "during a save"],
+)
+def test_a_request_to_one_rank_stops_all_at_one_step_and_loses_none(
+    hook: Callable[..., None], arguments: dict[str, int], recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    command = ["pretrain", str(recipe), f"run_dir={run_dir}"]
+    with launch_ranks(command, num_ranks=2, log_dir=tmp_path / "first", hook=hook, hook_arguments=arguments) as group:
+        assert group.wait(60) == [75, 75], group.stderr(0)
+    stopped = max(lineage(run_dir))
+    assert 5 <= stopped < STEPS
+    assert list_checkpoints(run_dir / "checkpoints")[-1].name == f"step-{stopped:08d}"
+    with launch_ranks(command, num_ranks=2, log_dir=tmp_path / "second") as group:
+        assert group.wait() == [0, 0], group.stderr(0)
+    assert [step for step, _ in attempts(run_dir)] == list(range(1, STEPS + 1))
+    assert_exact(run_dir, undisturbed)
+
+
+def test_a_second_request_ends_at_once_and_a_save_that_was_cut_off_is_redone(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    command = ["pretrain", str(recipe), f"run_dir={run_dir}"]
+    twice = {"rank": 1, "number": signal.SIGTERM, "times": 2}
+    with launch_ranks(
+        command, num_ranks=2, log_dir=tmp_path / "first", hook=signal_in_backward, hook_arguments=twice
+    ) as group:
+        assert group.wait(60)[1] == 75
+        documented(next(line for line in group.stderr(1).splitlines() if line.startswith("SIGTERM came twice")))
+    assert list_checkpoints(run_dir / "checkpoints")[-1].name == "step-00000003"
+    assert max(lineage(run_dir)) == 4
+    # Then the grace ends in the middle of the last save.
+    with launch_ranks(
+        [*command, "training.max_wall_seconds=0.001"],
+        num_ranks=2,
+        log_dir=tmp_path / "second",
+        hook=block_save,
+        hook_arguments={"seconds": 120},
+    ) as group:
+        while not (run_dir / "checkpoints" / ".step-00000004.tmp").exists() and group.is_running():
+            time.sleep(0.02)
+        group.kill("all")
+        group.assert_gone()
+    with launch_ranks(command, num_ranks=2, log_dir=tmp_path / "third") as group:
+        assert group.wait() == [0, 0], group.stderr(0)
+    documented(next(line for line in group.stderr(0).splitlines() if "the save was cut off" in line))
+    assert_exact(run_dir, undisturbed)
+
+
+BLOCKED_SAVE = """
+import sys, time
+def block(event, arguments):
+    if event == "os.rename" and ".step-" in str(arguments[0]) and not str(arguments[1]).endswith("step-00000003"):
+        time.sleep(600)
+sys.addaudithook(block)
+"""
+
+
+@pytest.mark.faults
+def test_a_grace_that_is_too_short_is_said(
+    recipe: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks" / "sitecustomize.py").write_text(BLOCKED_SAVE)
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path / "hooks"), prepend=os.pathsep)
+        with Launched(recipe, run_dir, options=("--grace", "3")) as launched:
+            launched.wait_for_steps(4)
+            processes = launched.tree()
+            launched.kill(number=signal.SIGTERM)
+            assert launched.wait(30) == 75, launched.stderr
+            assert_gone(processes)
+    documented(launched.stderr.splitlines()[-1])
+    with launch_ranks(["pretrain", str(recipe), f"run_dir={run_dir}"], num_ranks=2, log_dir=tmp_path) as group:
+        assert group.wait() == [0, 0], group.stderr(0)
+    documented(next(line for line in group.stderr(0).splitlines() if "the save was cut off" in line))
     assert_exact(run_dir, undisturbed)
 
 
