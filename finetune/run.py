@@ -105,7 +105,7 @@ def _finetune_in(folder: RunFolder, config: FinetuneConfig) -> None:
             "config": resolved,
             "model_class": type(model).__name__,
             "model_config": model.config.to_dict(),
-            "initialised_from": config.model.get("init_from"),
+            "initialised_from": resolved["model"].get("init_from"),
             "provenance": provenance(),
         },
     )

@@ -99,7 +99,7 @@ def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
             "config": resolved,
             "model_class": type(model).__name__,
             "model_config": model.config.to_dict(),
-            "initialised_from": init_from,
+            "initialised_from": resolved["model"].get("init_from"),
             "provenance": provenance(),
         },
     )

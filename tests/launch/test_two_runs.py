@@ -66,31 +66,33 @@ def test_one_of_two_runs_trains_and_a_killed_one_is_succeeded(tmp_path: Path, pr
     assert shared_memory() == buffers
 
 
-@pytest.mark.parametrize("loss", ["taken over", "folder moved"])
+@pytest.mark.parametrize("loss", ["taken over", "taken over between saves", "folder moved"])
 def test_a_run_that_loses_its_folder_ends_and_publishes_nothing_more(
     loss: str, tmp_path: Path, pretrain_words: Words
 ) -> None:
     run = tmp_path / "run"
-    with launch_ranks(
-        [*pretrain_words(run, *LONG), "training.steps=100000"], num_ranks=2, log_dir=tmp_path / "logs"
-    ) as group:
-        wait_for(lambda: bool(list_checkpoints(run / "checkpoints")), group)
-        if loss == "taken over":
+    words = [*pretrain_words(run, *LONG), "training.steps=100000"]
+    if loss == "taken over between saves":
+        words.append("training.save_every_steps=null")
+    with launch_ranks(words, num_ranks=2, log_dir=tmp_path / "logs") as group:
+        sign = run / "metrics.jsonl" if "between" in loss else run / "checkpoints" / "step-00000002"
+        wait_for(sign.exists, group)
+        if loss == "folder moved":
+            run.rename(tmp_path / "moved")
+        else:
             lease = json.loads((run / "lease.json").read_text())
             (tmp_path / "lease").write_text(json.dumps(lease | {"host": "elsewhere", "pid": 7, "token": "other"}))
             os.replace(tmp_path / "lease", run / "lease.json")
-        else:
-            run.rename(tmp_path / "moved")
         assert group.wait() == [1, 1], group.stderr(0)
     err = group.stderr(0)
     last = err.splitlines()[-1]
     assert last.startswith("spade-t5 pretrain: ")
     documented(last)
-    if loss == "taken over":
+    if loss == "folder moved":
+        assert not run.exists()
+        documented(next(line for line in err.splitlines() if line.startswith("tensorboard: ")))
+    else:
         assert "Traceback" not in err
         assert f"lease: elsewhere:7 has taken over {run}, so nothing more is saved here" in err
         assert json.loads((run / "lease.json").read_text())["token"] == "other"
-        assert {read_manifest(path)["lease"] for path in list_checkpoints(run / "checkpoints")} == {lease["token"]}
-    else:
-        assert not run.exists()
-        documented(next(line for line in err.splitlines() if line.startswith("tensorboard: ")))
+        assert {read_manifest(path)["lease"] for path in list_checkpoints(run / "checkpoints")} <= {lease["token"]}
