@@ -96,7 +96,7 @@ class CheckpointSaver:
         self._group = _new_group(timeout_seconds)
         self._thread: threading.Thread | None = None
         self._outcome: SaveReport | RunAbortedError | None = None
-        self._agree("checkpoints cannot be written", _only_main(self._make_folder))
+        self._agree("checkpoints cannot be written", self._make_folder)
 
     def save(self, snapshot: Snapshot) -> None:
         """Hands a snapshot to the writer thread.
@@ -149,21 +149,16 @@ class CheckpointSaver:
             self._outcome = self._write(snapshot)
         except RunAbortedError as error:
             self._outcome = error
-        except Exception as error:
-            logger.exception("a fault of the program in the writer of checkpoints")
-            self._outcome = SaveError(f"the checkpoint of step {snapshot.step} was not written: {error!r}")
 
     def _write(self, snapshot: Snapshot) -> SaveReport:
         started = time.perf_counter()
         final = checkpoint_path(self._folder, snapshot.step)
         temporary = hidden_path(final, "tmp")
         what = f"the checkpoint of step {snapshot.step} was not written"
-        make = _only_main(lambda: make_empty(temporary))
         try:
-            sizes = self._agree(what, lambda: (make(), snapshot.num_bytes)[1])
-            needed = sum(sizes)
+            needed = sum(self._agree(what, lambda: _begin(temporary, snapshot)))
             parts = self._agree(what, lambda: write_own_files(temporary, snapshot), needed)
-            self._agree(what, _only_main(lambda: self._publish(temporary, final, snapshot, parts)), needed)
+            self._agree(what, lambda: self._publish(temporary, final, snapshot, parts), needed)
         except RunAbortedError:
             if distributed.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -180,7 +175,9 @@ class CheckpointSaver:
         )
 
     def _publish(self, temporary: Path, final: Path, snapshot: Snapshot, parts: list[WrittenPart]) -> None:
-        """Writes `state.json` and the manifest and gives the folder its name."""
+        """Writes `state.json` and the manifest and gives the folder its name, on the main rank."""
+        if not distributed.is_main():
+            return
         entries = {name: entry for part in parts for name, entry in part.entries.items()}
         state = json.dumps(state_content(snapshot, parts), allow_nan=False).encode()
         entries[STATE_FILE] = write_small(temporary / STATE_FILE, state)
@@ -195,7 +192,8 @@ class CheckpointSaver:
         self._retention.apply(self._folder, final)
 
     def _make_folder(self) -> None:
-        self._folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        if distributed.is_main():
+            self._folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
 
     def _agree(self, what: str, action: Callable[[], T], needed_bytes: int | None = None) -> list[T]:
         """Does this rank's part of a stage, and returns what all ranks' parts returned, or raises on all of them."""
@@ -205,6 +203,8 @@ class CheckpointSaver:
         except RunAbortedError as error:
             problem = _Problem(str(error), is_forbidden=True)
         except Exception as error:
+            if not isinstance(error, (OSError, ValueError)):
+                logger.exception("a fault of the program in the writer of checkpoints")
             problem = _Problem(f"{what}: {self._reason(error, needed_bytes)}; earlier checkpoints are as they were")
         try:
             answers = _gather((value, problem), self._group)
@@ -257,9 +257,11 @@ class _Problem(NamedTuple):
     is_forbidden: bool = False
 
 
-def _only_main(action: Callable[[], None]) -> Callable[[], None]:
-    """The action on the main rank, nothing on the others."""
-    return action if distributed.is_main() else lambda: None
+def _begin(temporary: Path, snapshot: Snapshot) -> int:
+    """Makes the hidden folder, on the main rank; returns how many bytes this rank will write."""
+    if distributed.is_main():
+        make_empty(temporary)
+    return snapshot.num_bytes
 
 
 def _free_bytes(folder: Path) -> int:
