@@ -150,9 +150,10 @@ def test_a_linked_checkpoint_is_refused(checkpoints: Path, caplog: pytest.LogCap
 @pytest.fixture
 def stranger(checkpoints: Path) -> int:
     """Another user, who owns the newest checkpoint."""
-    if os.geteuid() != 0:
-        pytest.skip("giving files to another user needs root")
-    os.chown(checkpoints / "step-00000003", STRANGER, -1)
+    try:
+        os.chown(checkpoints / "step-00000003", STRANGER, -1)
+    except OSError as error:
+        pytest.skip(f"giving files to another user is not permitted here: {error.strerror}")
     return STRANGER
 
 
