@@ -106,6 +106,7 @@ def _finetune_in(folder: RunFolder, config: FinetuneConfig) -> None:
             "model_class": type(model).__name__,
             "model_config": model.config.to_dict(),
             "initialised_from": resolved["model"].get("init_from"),
+            "started_from": folder.started_from,
             "provenance": provenance(),
         },
     )

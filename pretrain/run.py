@@ -100,6 +100,7 @@ def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
             "model_class": type(model).__name__,
             "model_config": model.config.to_dict(),
             "initialised_from": resolved["model"].get("init_from"),
+            "started_from": folder.started_from,
             "provenance": provenance(),
         },
     )

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from spade_t5.checkpoint import (
-    list_checkpoints,
     newest_good_checkpoint,
     read_state,
     remove_unfinished,
     set_aside_newer,
     verify_together,
 )
-from spade_t5.checkpoint.folder import checkpoint_step
+from spade_t5.checkpoint.folder import checkpoint_folders, checkpoint_step
 from spade_t5.checkpoint.manifest import FOLDER_MODE, content_hash, whole_file
 from spade_t5.checkpoint.state import STATE_FILE
 from spade_t5.config import ConfigDict, dump_yaml
@@ -89,6 +88,8 @@ class RunFolder:
         self.path = path
         self.resume_from = resume_from
         self._state = {} if resume_from is None else read_state(resume_from)
+        self.started_from = _started_from(path, resume_from, self._state, resume.point)
+        """Where outside of the folder the run was begun; None for one that began at step 0. Every checkpoint says so."""
         self._resume = resume
         self._lease = lease
         self._log = log
@@ -157,34 +158,55 @@ def find_resume_point(run_dir: Path, point: str) -> Path | None:
         DataError: checkpoints are there, but the one asked for, or every one, is damaged.
     """
     own = run_dir / "checkpoints"
-    has_own = on_main(lambda: bool(list_checkpoints(own)))
+    has_own = on_main(lambda: bool(checkpoint_folders(own)))
     if has_own and _is_restarted():
         point = "auto"  # the first attempt began as it was told to
     if point == "none":
-        _refuse_other_checkpoints(run_dir, has_own)
+        if has_own:
+            raise _already_holds_checkpoints(run_dir)
         return None
     if point == "auto":
         found = newest_good_checkpoint(own)
         if found is None:
             logger.info("no checkpoint in %s: starting at step 0", own)
         return found
-    path = Path(point)
+    return _resume_point_at(run_dir, Path(point), has_own)
+
+
+def _resume_point_at(run_dir: Path, path: Path, has_own: bool) -> Path:
+    """A checkpoint, or the newest good one of a run, that was asked for by its path."""
+    is_elsewhere = not _is_inside(run_dir, path)
+    if has_own and is_elsewhere:
+        own = newest_good_checkpoint(run_dir / "checkpoints")
+        if own is not None and read_state(own).get("started_from") == str(path.resolve()):
+            logger.info("%s was begun from %s: going on from its own checkpoints", run_dir, path)
+            return own
+    found: Path | None = path
     if on_main(lambda: _looks_like_checkpoint(path)):
         verify_together(path)
-        found = path
     else:
         found = newest_good_checkpoint(path / "checkpoints")
     if found is None:
         raise ConfigError(f"--resume: {printable(path)} is no checkpoint and holds none; give {RESUME_MODES}")
-    _refuse_other_checkpoints(run_dir, has_own and found.parent.resolve() != own.resolve())
+    if has_own and is_elsewhere:
+        raise _already_holds_checkpoints(run_dir)
     return found
 
 
-def _refuse_other_checkpoints(run_dir: Path, are_there: bool) -> None:
-    if are_there:
-        raise ConfigError(
-            f"run_dir: {run_dir} already holds checkpoints; use another run_dir, or --resume auto to go on with them"
-        )
+def _started_from(run_dir: Path, resume_from: Path | None, state: ConfigDict, point: str) -> str | None:
+    if resume_from is None:
+        return None
+    return state.get("started_from") if _is_inside(run_dir, resume_from) else str(Path(point).resolve())
+
+
+def _is_inside(run_dir: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(run_dir.resolve())
+
+
+def _already_holds_checkpoints(run_dir: Path) -> ConfigError:
+    return ConfigError(
+        f"run_dir: {run_dir} already holds checkpoints; use another run_dir, or --resume auto to go on with them"
+    )
 
 
 def _is_restarted() -> bool:

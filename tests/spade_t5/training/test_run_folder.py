@@ -220,17 +220,32 @@ def test_newer_checkpoints_are_set_aside_and_unfinished_ones_removed_when_the_ru
 
 
 def test_a_foreign_checkpoint_does_not_mix_with_own_ones(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = SingleProcess(nn.Linear(2, 2), TrainingConfig(steps=1, global_batch_rows=1, micro_batch_rows=1))
-    facts = {"config": CONFIG, "provenance": provenance()}
+    facts: dict[str, Any] = {"config": CONFIG, "provenance": provenance()}
     foreign = save_checkpoint(tmp_path / "other" / "checkpoints", backend, step=9, facts=facts, keep=9)
-    assert "already holds checkpoints; use another run_dir" in refused(run_dir, Resume(point=str(foreign)))
+    for point in (foreign, tmp_path / "other"):
+        assert "already holds checkpoints; use another run_dir" in refused(run_dir, Resume(point=str(point)))
+    # the command that begins a run there goes on with it when it is given again
+    for point in (foreign, tmp_path / "other"):
+        new = tmp_path / f"from-{point.name}"
+        with open_run_folder(new, Resume(point=str(point))) as folder:
+            assert folder.resume_from == foreign
+            begun = folder.started_from
+        own = save_checkpoint(new / "checkpoints", backend, step=10, facts={**facts, "started_from": begun}, keep=9)
+        caplog.clear()
+        with caplog.at_level("INFO", "spade_t5"), open_run_folder(new, Resume(point=str(point))) as folder:
+            assert folder.resume_from == own
+            assert folder.started_from == begun
+        documented(caplog.text)
+        assert f"was begun from {point}: going on from its own checkpoints" in caplog.text
+        assert "already holds checkpoints" in refused(new, Resume(point=str(run_dir)))
     # a group of ranks that torchrun starts again goes on from what its first attempt has saved
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    own = run_dir / "checkpoints" / "step-00000002"
-    for point in (str(foreign), "none", str(run_dir / "checkpoints" / "step-00000001")):
-        assert find_resume_point(run_dir, point) == own
+    newest = run_dir / "checkpoints" / "step-00000002"
+    for restarted in (str(foreign), "none", str(run_dir / "checkpoints" / "step-00000001")):
+        assert find_resume_point(run_dir, restarted) == newest
     assert find_resume_point(tmp_path / "new", str(foreign)) == foreign
     assert find_resume_point(tmp_path / "new", "none") is None
 
