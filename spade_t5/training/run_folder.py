@@ -128,6 +128,10 @@ class RunFolder:
         for name in self._resume.allow_changes:
             check_can_be_allowed(name, set(leaves(resolved)))
         if self._state:
+            if not {"config", "provenance"} <= self._state.keys():
+                raise ConfigError(
+                    f"--resume: {self.resume_from} does not say with which settings it was made; give a checkpoint of spade-t5 pretrain or finetune"
+                )
             check_changes(self._state["config"], resolved, self._resume.allow_changes)
             check_provenance(self._state["provenance"], provenance(), is_strict=self._resume.strict_env)
 

@@ -89,6 +89,12 @@ def test_a_resume_point_that_is_none(point: str, run_dir: Path) -> None:
     assert "is no checkpoint and holds none; give auto, none, or the path of a checkpoint or run folder" in message
 
 
+def test_a_checkpoint_without_settings(tmp_path: Path) -> None:
+    backend = SingleProcess(nn.Linear(2, 2), TrainingConfig(steps=1, global_batch_rows=1, micro_batch_rows=1))
+    path = save_checkpoint(tmp_path / "library" / "checkpoints", backend, step=1, facts={}, keep=1)
+    assert f"{path} does not say with which settings" in refused(tmp_path / "run", Resume(point=str(path)))
+
+
 def test_none_never_overwrites_checkpoints(run_dir: Path, tmp_path: Path) -> None:
     assert find_resume_point(tmp_path / "new", "none") is None
     assert "already holds checkpoints; use another run_dir, or --resume auto" in refused(run_dir, Resume(point="none"))
