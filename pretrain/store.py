@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 
 from spade_t5.checkpoint.manifest import check_file, content_hash, file_sha256, whole_file
 from spade_t5.errors import ConfigError, DataError
+from spade_t5.messages import shown
 from spade_t5.pretrain.encoding import Tokens
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 SPLITS = ("train", "validation")
+_MAX_MANIFEST_BYTES = 2**28
 _DTYPES = ("uint16", "uint32")
 
 
@@ -71,6 +73,15 @@ class TokenStore:
             raise ValueError(f"dtype: {manifest['dtype']!r} is not one of {', '.join(_DTYPES)}")
         info = dict(manifest["tokenizer"])
         self.tokenizer = TokenizerInfo(**{**info, "sentinel_ids": tuple(info["sentinel_ids"])})
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *self.tokenizer.sentinel_ids)
+        shards = [Shard(**shard) for name in SPLITS for shard in manifest["splits"][name]]
+        counts = [count for shard in shards for count in (shard.num_tokens, shard.num_documents, shard.num_bytes)]
+        if not all(
+            type(number) is int and 0 <= number < 2**63 for number in (self.tokenizer.vocab_size, *ids, *counts)
+        ):
+            raise ValueError("holds counts that are none")
+        if max(ids) >= self.tokenizer.vocab_size:
+            raise ValueError("holds ids that are beyond the vocabulary")
         self._splits = {
             name: StoreSplit(
                 path, name, [Shard(**shard) for shard in manifest["splits"][name]], np.dtype(manifest["dtype"])
@@ -94,7 +105,7 @@ class TokenStore:
         manifest = read_manifest(path)
         try:
             store = cls(path, manifest)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise DataError(
                 f"{path / MANIFEST}: damaged, it is not of the expected shape; make the store again"
             ) from None
@@ -316,14 +327,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise ValueError(f"more than {_MAX_MANIFEST_BYTES} bytes")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder}: not a token store (no {MANIFEST}); make one with `spade-t5 prepare`") from None
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         raise DataError(f"{path}: damaged or not readable; make the store again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise DataError(f"{folder}: token store of format {found}, expected {FORMAT}; make it again")
+        raise DataError(f"{folder}: token store of format {shown(found)}, expected {FORMAT}; make it again")
     if manifest.pop("sha256", None) != content_hash(manifest):
         raise DataError(f"{path}: damaged, its content differs from its own hash; make the store again")
     try:
@@ -331,9 +344,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: damaged, it is not of the expected shape; make the store again") from None
     for name in names:
-        parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or not parts:
-            raise DataError(f"{path}: names {name!r}, which is not a file within the store; refused")
+        parts = PurePosixPath(name).parts if isinstance(name, str) and name.isprintable() else ()
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in name:
+            raise DataError(f"{path}: names {shown(name)}, which is not a file within the store; refused")
     return manifest
 
 
@@ -355,7 +368,7 @@ def is_token_store(folder: Path) -> bool:
     try:
         if "splits" in json.loads((folder / MANIFEST).read_text(encoding="utf-8")):
             return True
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     return any(folder.glob("shard-*.arrow"))
 
