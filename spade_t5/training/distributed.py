@@ -7,6 +7,7 @@ works in one process without a process group.
 import ctypes
 import gc
 import ipaddress
+import multiprocessing
 import os
 import signal
 import socket
@@ -210,6 +211,8 @@ def backend_name() -> str:
 def shutdown() -> None:
     """Leaves the process group; without it gloo's threads may abort the process at its end."""
     if dist.is_initialized():
+        for worker in multiprocessing.active_children():
+            worker.kill()  # after a fault a loader that is collected would wait for its workers, five seconds each, twice
         dist.destroy_process_group()
         gc.collect()  # engines hold further groups in reference cycles
 
