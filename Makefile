@@ -25,7 +25,7 @@ test: $(INSTALLED)  ## all tests
 
 test-faults: $(INSTALLED)  ## kills and resumes by the hundred; writes docs/results/faults.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m spade_t5.testing.kill_campaign --kills 100 --out docs/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m spade_t5.benchmarks.faults --kills 100 --out docs/results
 
 triton-min: $(TRITON_MIN)/.installed  ## environment with the oldest supported Triton, for the compile tests
 

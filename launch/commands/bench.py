@@ -17,6 +17,7 @@ BENCHMARKS = {
     "step": ("step", "a training step beside Hugging Face's T5 and LongT5"),
     "data": ("data", "preparing, loading and corrupting text, beside the tokenizer, the model and the usual collator"),
     "checkpoints": ("checkpoints", "what saving costs training, and save and load beside the bare disk"),
+    "faults": ("faults", "pretraining killed again and again, compared with undisturbed runs"),
     "glue": ("glue", "`mini` fine-tuned from scratch on GLUE"),
 }
 """Name to module of `spade_t5.benchmarks`, with `add_arguments` and `run`, and summary."""

@@ -1,7 +1,6 @@
-"""Small pretraining runs on real text for tests to break, and what it means that two runs are the same."""
+"""Small pretraining runs for tests to break, and what it means that two runs are the same."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from spade_t5.checkpoint import list_checkpoints, read_state
-from spade_t5.pretrain.corpora import CorpusConfig, FilesCorpus, PydocsCorpus
-from spade_t5.pretrain.prepare import PrepareConfig, prepare
-from spade_t5.pretrain.tokenizer import TokenizerConfig, train_tokenizer
 from spade_t5.training.reporting import METRICS_FILE, read_metrics
 
 Settings = Mapping[str, Any]
-# Each with a package whose text is held out.
-_DOCUMENTED = {
-    "tools": ("json", "email", "logging", "argparse", "asyncio"),
-    "others": ("http", "urllib", "xml", "ctypes", "importlib", "multiprocessing", "unittest", "pathlib", "mailbox"),
-}
 
 
 class StepFacts(NamedTuple):
@@ -35,39 +26,6 @@ class StepFacts(NamedTuple):
     """Digest of the numbers of the samples of all ranks."""
     targets: int
     tokens: int
-
-
-def make_stores(folder: Path) -> list[Path]:
-    """Two token stores with one tokenizer of 2,000 pieces: of web text and news where SPADE_T5_DEV_DATA has them, else of documentation."""
-    data = os.environ.get("SPADE_T5_DEV_DATA")
-    corpora: dict[str, CorpusConfig]
-    if data:
-        corpora = {
-            name: FilesCorpus(paths=(str(Path(data) / "text" / f"{name}.jsonl.gz"),)) for name in ("c4_en", "wikinews")
-        }
-    else:
-        corpora = {name: PydocsCorpus(packages=packages) for name, packages in _DOCUMENTED.items()}
-    first = next(iter(corpora.values()))
-    tokenizer = train_tokenizer(
-        TokenizerConfig(
-            corpus=first, out=folder / "tokenizer", vocab_size=2000, num_sentinels=64, sample_bytes=1_000_000
-        )
-    )
-    stores = []
-    for name, corpus in corpora.items():
-        store = prepare(
-            PrepareConfig(
-                corpus=corpus,
-                tokenizer=str(tokenizer),
-                out=folder / name,
-                held_out_fraction=0.02,
-                max_documents=300 if data else None,
-                num_processes=1,
-            )
-        )
-        assert store is not None, "this process prepares everything"
-        stores.append(store)
-    return stores
 
 
 def write_recipe(path: Path, stores: Iterable[Path], *, model: Settings = {}, **training: Any) -> Path:  # noqa: B006 - read only

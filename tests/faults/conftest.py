@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from spade_t5.testing.runs import make_stores
+from spade_t5.benchmarks.faults import make_stores
 
 
 @pytest.fixture(scope="session")

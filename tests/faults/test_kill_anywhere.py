@@ -5,7 +5,7 @@ Twelve kills here; `make test-faults` makes a hundred, and records them in docs/
 
 from pathlib import Path
 
-from spade_t5.testing.kill_campaign import CONFIGURATIONS, KINDS, run_campaign
+from spade_t5.benchmarks.faults import CONFIGURATIONS, KINDS, run_campaign
 
 NUM_KILLS = 12
 

@@ -1,6 +1,6 @@
 """Kills pretraining runs at random moments, lets them go on, and compares each with one that nobody disturbed.
 
-    python -m spade_t5.testing.kill_campaign --kills 100 --out docs/results
+    spade-t5 bench faults [--kills 100] [--out docs/results]
 
 Two ranks train `tiny` on a mixture of real text with dropout, accumulation, loader workers, packing, clipping, a cosine schedule and an
 average of the weights, under ZeRO 1, 2 and 3, in fp32 and in bf16. A kill is a SIGKILL of one rank, of the launcher or of everything; half
@@ -22,10 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from spade_t5.benchmarks import report
+from spade_t5.benchmarks import report, script
 from spade_t5.checkpoint import list_checkpoints
+from spade_t5.errors import ConfigError
+from spade_t5.pretrain.corpora import CorpusConfig, FilesCorpus, PydocsCorpus
+from spade_t5.pretrain.prepare import PrepareConfig, prepare
+from spade_t5.pretrain.tokenizer import TokenizerConfig, train_tokenizer
+from spade_t5.testing.data import find_dev_data
 from spade_t5.testing.ranks import RankGroup, launch_ranks
-from spade_t5.testing.runs import assert_exact, attempts, make_stores, write_recipe
+from spade_t5.testing.runs import assert_exact, attempts, write_recipe
 from spade_t5.training.reporting import METRICS_FILE
 
 KINDS: dict[str, int | Literal["launcher", "all"]] = {"rank 0": 0, "rank 1": 1, "launcher": "launcher", "all": "all"}
@@ -38,6 +43,11 @@ FSYNC_SECONDS = 0.05
 LARGEST_DELAY_SECONDS = 0.2
 """A kill aimed at a write comes so long at most after the folder of the write was seen; a write takes a few times FSYNC_SECONDS."""
 POLL_SECONDS = 0.003
+# Each with a package whose text is held out.
+_DOCUMENTED = {
+    "tools": ("json", "email", "logging", "argparse", "asyncio"),
+    "others": ("http", "urllib", "xml", "ctypes", "importlib", "multiprocessing", "unittest", "pathlib", "mailbox"),
+}
 
 
 class Aim(NamedTuple):
@@ -296,21 +306,59 @@ def run_campaign(folder: Path, stores: Sequence[Path], *, num_kills: int, seed: 
     }
 
 
-def main() -> None:
-    """Runs a campaign, prints its figures and writes faults.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the benchmark."""
     parser.add_argument("--kills", type=int, default=100, help="over all configurations")
     parser.add_argument("--seed", type=int, default=0, help="decides about moments")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of faults.json")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs a campaign, prints its figures and writes faults.json."""
+    if options.kills < 1:
+        raise ConfigError(f"--kills: {options.kills} must be at least 1")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         started = time.monotonic()
-        results = run_campaign(Path(folder), make_stores(Path(folder)), num_kills=options.kills, seed=options.seed)
+        results = run_campaign(folder, make_stores(folder), num_kills=options.kills, seed=options.seed)
         results = {"seed": options.seed, "seconds": time.monotonic() - started, **results}
     for name, value in results.items():
         if name != "kills":
             print(f"{name}: {value}")
     print(report.write("faults", results, options.out))
+
+
+def make_stores(folder: Path) -> list[Path]:
+    """Two token stores with one tokenizer of 2,000 pieces: of web text and news where SPADE_T5_DEV_DATA has them, else of documentation."""
+    data = find_dev_data()
+    corpora: dict[str, CorpusConfig]
+    if data:
+        corpora = {
+            name: FilesCorpus(paths=(str(data / "text" / f"{name}.jsonl.gz"),)) for name in ("c4_en", "wikinews")
+        }
+    else:
+        corpora = {name: PydocsCorpus(packages=packages) for name, packages in _DOCUMENTED.items()}
+    first = next(iter(corpora.values()))
+    tokenizer = train_tokenizer(
+        TokenizerConfig(
+            corpus=first, out=folder / "tokenizer", vocab_size=2000, num_sentinels=64, sample_bytes=1_000_000
+        )
+    )
+    stores = []
+    for name, corpus in corpora.items():
+        store = prepare(
+            PrepareConfig(
+                corpus=corpus,
+                tokenizer=str(tokenizer),
+                out=folder / name,
+                held_out_fraction=0.02,
+                max_documents=300 if data else None,
+                num_processes=1,
+            )
+        )
+        assert store is not None, "this process prepares everything"
+        stores.append(store)
+    return stores
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -339,4 +387,4 @@ def _kept_step(run_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(__doc__, add_arguments, run)
