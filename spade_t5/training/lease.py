@@ -4,11 +4,12 @@
 a process that was thought dead and wakes up finds another's token there, and ends.
 
     holder on this machine       held exactly as long as that process lives, known by its pid and start time
-    holder anywhere else         held if the file changes while it is watched for the time to live, else given up
+    holder that cannot be seen   held if the file changes while it is watched for the time to live, else given up
 
-Clocks of two hosts are never compared.
+Not to be seen are processes of another machine, and those of other users where the system hides them. Clocks of two hosts are never compared.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -29,10 +30,14 @@ logger = logging.getLogger("spade_t5")
 
 LEASE_FILE = "lease.json"
 TIME_TO_LIVE_SECONDS = 60.0
-"""A lease of another machine that is not renewed for so long is taken over."""
+"""A lease whose holder cannot be seen and that is not renewed for so long is taken over."""
 _RENEWALS_IN_A_LIFE = 20
 _SETTLING_SECONDS = 0.3
 """Two processes that take over at the same moment have both written by then; the last one has it."""
+
+_REREADING_SECONDS = 0.1
+_FILE_BYTES = 1024
+"""Length of every lease file, blanks included: what is written over another one leaves nothing of it behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,18 @@ class Holder:
         return (self.host, self.machine) == (os.uname().nodename, _machine()) and self.machine != ""
 
     @property
-    def is_alive(self) -> bool:
-        """Of a holder on this machine: whether that very process runs."""
-        return process_start(self.pid) == self.started
+    def is_alive(self) -> bool | None:
+        """Of a holder on this machine: whether that very process runs; None if the system hides it from this user."""
+        found = process_start(self.pid)
+        if found is not None:
+            return found == self.started
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass  # there is a process, of another user
+        return False if os.access(f"/proc/{self.pid}/stat", os.R_OK) else None  # a zombie can be looked at
 
     def __str__(self) -> str:
         """As messages name it."""
@@ -104,6 +118,8 @@ class Lease:
         self._life_seconds = time_to_live_seconds
         self._own = Holder.this_process()
         self._thread: threading.Thread | None = None
+        self._file_lock = threading.Lock()
+        """Held while this process writes its sign of life, so that it does not read half of it."""
         self._is_released = threading.Event()
 
     def take(self) -> None:
@@ -136,12 +152,13 @@ class Lease:
         return {"lease": self._own.token}
 
     def release(self) -> None:
-        """Gives the lease back, if it is still this process's."""
+        """Gives the lease back, if it is still this process's. On a disk that fails it stays, and is taken over."""
         self._is_released.set()
         if self._thread is not None:
             self._thread.join()
             if self._problem() is None:
-                self._path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self._path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         """Makes the file; False if there is one."""
@@ -169,10 +186,10 @@ class Lease:
         if before is None:
             return
         holder = Holder.parse(before)
-        if holder is not None and holder.is_on_this_machine:
-            if holder.is_alive:
-                raise self._refusal(holder)
-        elif not self._is_given_up(before, holder):
+        is_alive = holder.is_alive if holder is not None and holder.is_on_this_machine else None
+        if is_alive:
+            raise self._refusal(holder)
+        if is_alive is None and not self._is_given_up(before, holder):
             return
         if self._read() != before:
             return
@@ -209,8 +226,7 @@ class Lease:
 
     def _renew_until_released(self) -> None:
         while not self._is_released.wait(self._life_seconds / _RENEWALS_IN_A_LIFE):
-            if not self._renew():
-                problem = self._problem()
+            if not self._renew() and (problem := self._problem()) is not None:
                 logger.error("%s", problem)
                 self._on_loss()
                 return
@@ -230,9 +246,8 @@ class Lease:
             holder = Holder.parse(os.read(descriptor, 4096))
             if holder is None or holder.token != self._own.token:
                 return False
-            content = self._content()
-            os.pwrite(descriptor, content, 0)
-            os.ftruncate(descriptor, len(content))
+            with self._file_lock:
+                os.pwrite(descriptor, self._content(), 0)
             os.fsync(descriptor)
         except OSError:
             return True
@@ -243,7 +258,11 @@ class Lease:
     def _problem(self) -> str | None:
         """Why the lease is not this process's, if it is not."""
         try:
-            content = self._read()
+            with self._file_lock:
+                content = self._read()
+            if content is not None and Holder.parse(content) is None:  # a network file system may show half of a write
+                time.sleep(_REREADING_SECONDS)
+                content = self._read()
         except OSError as error:
             return f"lease: {self._path} cannot be read ({error.strerror}), so nothing more is saved; see to the disk and start the run again"
         if content is None:
@@ -258,7 +277,7 @@ class Lease:
 
     def _content(self) -> bytes:
         fields = dataclasses.asdict(dataclasses.replace(self._own, renewed=time.time()))
-        return json.dumps(fields).encode()
+        return json.dumps(fields).encode().ljust(_FILE_BYTES)
 
     def _read(self) -> bytes | None:
         try:

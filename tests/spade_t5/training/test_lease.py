@@ -6,13 +6,14 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from spade_t5.checkpoint.manifest import whole_file
 from spade_t5.errors import ConfigError, RunAbortedError
 from spade_t5.testing import call_on_ranks, documented
 from spade_t5.training.lease import LEASE_FILE, Holder, Lease
@@ -33,7 +34,8 @@ def lease(folder: Path, **options: Any) -> Iterator[Lease]:
 def write(folder: Path, **fields: Any) -> None:
     """The lease file of this process's machine with some fields changed."""
     holder = dataclasses.asdict(Holder.this_process()) | fields
-    (folder / LEASE_FILE).write_text(json.dumps(holder))
+    with whole_file(folder / LEASE_FILE) as file:
+        file.write(json.dumps(holder).encode())
 
 
 def refusal(folder: Path, **options: Any) -> str:
@@ -90,21 +92,47 @@ def test_a_dead_holder_on_this_machine_is_replaced_at_once(
     assert f"took over the lease of {os.uname().nodename}:{child.pid}, which is gone" in caplog.text
 
 
-def test_a_holder_elsewhere_that_renews_is_named(tmp_path: Path) -> None:
-    write(tmp_path, host="elsewhere", pid=77)
+@contextmanager
+def renewing(folder: Path, **fields: Any) -> Iterator[None]:
+    """A lease file that gives signs of life."""
+    write(folder, **fields)
     is_over = threading.Event()
 
     def renew() -> None:
         while not is_over.wait(0.1):
-            write(tmp_path, host="elsewhere", pid=77, renewed=time.time())
+            write(folder, **fields, renewed=time.time())
 
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        assert "is in use by elsewhere:77" in refusal(tmp_path)
+        yield
     finally:
         is_over.set()
         thread.join()
+
+
+def test_a_holder_elsewhere_that_renews_is_named(tmp_path: Path) -> None:
+    with renewing(tmp_path, host="elsewhere", pid=77):
+        assert "is in use by elsewhere:77" in refusal(tmp_path)
+
+
+@pytest.fixture
+def hidden(child: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """A living process that cannot be looked at, as where /proc hides those of other users."""
+    fields = {"pid": child.pid, "started": process_start(child.pid)}
+    place = f"/proc/{child.pid}"
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield fields
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_hidden_holder_is_watched(hidden: dict[str, Any], tmp_path: Path) -> None:
+    assert process_start(hidden["pid"]) is None
+    with renewing(tmp_path, **hidden):
+        assert f"is in use by {os.uname().nodename}:{hidden['pid']}" in refusal(tmp_path)
+    with lease(tmp_path, time_to_live_seconds=0.5) as held:  # it gives no sign of life
+        held.check()
 
 
 @pytest.mark.parametrize("content", ["elsewhere", "other pid namespace", "", "{", "[]", '{"host": 3}'])
@@ -144,6 +172,48 @@ def test_the_holder_gives_signs_of_life_in_place(tmp_path: Path) -> None:
         file.close()
 
 
+def test_a_lease_is_whole_whenever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time of fewer digits than the one before leaves nothing of it behind."""
+    file = tmp_path / LEASE_FILE
+    sizes = set()
+    with lease(tmp_path, time_to_live_seconds=0.1) as held:
+        for seconds in (1234567890.125, 9.5, 1234567890.123456):
+            monkeypatch.setattr(time, "time", lambda seconds=seconds: seconds)
+            until = time.monotonic() + 10
+            while (holder := Holder.parse(content := file.read_bytes())) is None or holder.renewed != seconds:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            sizes.add(len(content))
+        assert len(sizes) == 1
+        held.check()
+
+
+def test_a_lease_that_is_read_in_the_middle_of_a_write_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / LEASE_FILE
+    with lease(tmp_path) as held:
+        content = file.read_bytes()
+        file.write_bytes(content[:40])
+        timer = threading.Timer(0.02, file.write_bytes, [content])
+        timer.start()
+        held.check()
+        timer.join()
+
+
+def test_a_lease_on_a_disk_that_fails_is_given_up_silently(tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", place]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        with pytest.raises(ZeroDivisionError), lease(place):
+            subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+            raise ZeroDivisionError
+        assert (place / LEASE_FILE).exists()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
 @pytest.mark.parametrize("loss", ["taken over", "gone", "folder gone"])
 def test_a_loss_is_noticed_by_itself_and_before_anything_is_published(loss: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -170,18 +240,25 @@ def _foreign(folder: Path) -> Path:
     return folder / LEASE_FILE
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits a minute at most."""
+    until = time.monotonic() + 60
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
 def try_to_take(folder: str) -> str:
-    """A rank that takes the lease and keeps it for a while: how it ended."""
-    taken = Lease(Path(folder), on_loss=lambda: None)
-    go = Path(folder) / "go"
-    go.with_name(f"ready-{os.getpid()}").touch()
-    while not go.exists():
-        pass
+    """A rank that takes the lease and keeps it until the others were refused: how it ended."""
+    place = Path(folder)
+    taken = Lease(place, on_loss=lambda: None)
+    (place / f"ready-{os.getpid()}").touch()
+    wait_until(lambda: (place / "go").exists())
     try:
         taken.take()
-        time.sleep(1.0)
+        wait_until(lambda: len(list(place.glob("refused-*"))) == 3)
         taken.check()
     except (ConfigError, RunAbortedError) as error:
+        (place / f"refused-{os.getpid()}").touch()
         return str(error)
     taken.release()
     return "had it"
@@ -195,9 +272,7 @@ def test_of_four_that_start_together_one_has_it(is_stale: bool, tmp_path: Path) 
         write(folder, started="1")
 
     def start_together() -> None:
-        until = time.monotonic() + 60
-        while len(list(folder.glob("ready-*"))) < 4 and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until(lambda: len(list(folder.glob("ready-*"))) == 4)
         (folder / "go").touch()
 
     thread = threading.Thread(target=start_together)
