@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -221,7 +221,7 @@ class StreamingRows:
         self.raw_lengths = np.array([pair.denoiser.lengths.raw for pair in pairs])
         self.renderer = Renderer(pairs, vocabulary, *widest(pairs))
 
-    def steps(self, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> Iterator[StepBatches]:
+    def steps(self, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> Generator[StepBatches, None, None]:
         """See `TrainingRows`."""
         slot = 0 if cursor is None else int(cursor["slot"])
         lanes = [LaneState()] * self.stream.lanes if cursor is None else [LaneState(*lane) for lane in cursor["lanes"]]

@@ -23,11 +23,14 @@ AVERAGE = "ema"
 """Key of the moving averages of the weights in the index, where the run keeps them."""
 HELD_OUT_LOSS = "held_out_loss"
 """The fact that says how good a checkpoint is, where its step was evaluated; the manifest has it too."""
+EVALUATION_IS_DUE = "evaluation_is_due"
+"""The fact that a run was stopped before the evaluation of this step."""
 FACT_TYPES: dict[str, type | tuple[type, ...]] = {
     "tokens": int,
     "cursor": dict,
     "skipped_steps": list,
     "losses": list,
+    EVALUATION_IS_DUE: bool,
     "config": dict,
     "model_config": dict,
     "model_class": str,
@@ -120,7 +123,7 @@ def _check_facts(state: State) -> None:
         raise ValueError(f"step: {shown(state['step'])} is no number of steps")
     for name, types in FACT_TYPES.items():
         value = state.get(name)
-        if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
+        if value is not None and (not isinstance(value, types) or isinstance(value, bool) != (types is bool)):
             raise ValueError(f"{name}: {shown(value)} is of the wrong type")
     for name, shape in _items(state["shapes"]):
         if not isinstance(shape, list) or not all(_is_count(length) for length in shape):

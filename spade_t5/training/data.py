@@ -9,7 +9,7 @@ import functools
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -79,7 +79,7 @@ class RowSource(Protocol):
 class TrainingRows(Protocol):
     """Rows to train on, in an order that the source decides."""
 
-    def steps(self, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> Iterator[StepBatches]:
+    def steps(self, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> Generator[StepBatches, None, None]:
         """One rank's share of the next `num_steps` steps behind a cursor; None starts at the first row."""
         ...
 
@@ -102,7 +102,7 @@ class NumberedRows(ABC):
         first = 0 if cursor is None else int(cursor["row"])
         return range(first, first + count), {"row": first + count}
 
-    def steps(self, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> Iterator[StepBatches]:
+    def steps(self, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> Generator[StepBatches, None, None]:
         """See `TrainingRows`."""
         sampler = _MicroBatchNumbers(self, cursor, num_steps, shape)
         batches = _batches(self, sampler, shape.workers)

@@ -26,6 +26,7 @@ from spade_t5.checkpoint import (
     take_snapshot,
 )
 from spade_t5.checkpoint.request import take_request
+from spade_t5.checkpoint.state import EVALUATION_IS_DUE
 from spade_t5.errors import ConfigError, RunAbortedError, SaveError, StopRequestedError
 from spade_t5.training import distributed, samples
 from spade_t5.training.agreement import on_main
@@ -116,7 +117,11 @@ class Trainer:
         self._skipped = SkippedSteps(config.max_skipped_in_a_row)
         self._spikes = None if config.spikes is None else SpikeDetector(config.spikes)
         self._held_out_loss: float | None = None
+        self._is_evaluation_due = False
+        self._is_save_requested = False
+        self._resumed_from: Path | None = None
         self._rollbacks = 0
+        self._stops: StopRequests | None = None
         self._reporter: Reporter | None = None
         self._watchdog: Watchdog | None = None
 
@@ -135,6 +140,8 @@ class Trainer:
         self._skipped = SkippedSteps(self.config.max_skipped_in_a_row, state["skipped_steps"])
         if self.config.spikes is not None:
             self._spikes = SpikeDetector(self.config.spikes, state["losses"])
+        self._is_evaluation_due = state[EVALUATION_IS_DUE] and self._eval_rows is not None
+        self._resumed_from = checkpoint
         logger.info("resumed from %s at step %d", checkpoint, self._step)
 
     def fit(self) -> None:
@@ -145,7 +152,7 @@ class Trainer:
             RunAbortedError: the run cannot go on: too many steps were skipped, or a checkpoint could not be written.
         """
         config = self.config
-        if self._step >= config.steps:
+        if self._step >= config.steps and not self._is_evaluation_due:
             logger.info("nothing to do: the run finished at step %d", self._step)
             return
         self._check_free_space()
@@ -162,6 +169,8 @@ class Trainer:
                 )
             self._watchdog = stack.enter_context(Watchdog(config.timeouts, self.run_dir / "logs"))
             stack.callback(self._close_saver)
+            if self._is_evaluation_due:
+                self._make_up_evaluation()
             while self._step < config.steps:
                 self._run_until_rollback()
         if distributed.is_main():
@@ -170,7 +179,7 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Loss over all held-out rows."""
         assert self._eval_rows is not None
-        return self._steps.evaluate(self._eval_rows, before_batch=lambda: self._enter("evaluation"))
+        return self._steps.evaluate(self._eval_rows, before_batch=self._go_on_evaluating)
 
     def _run_until_rollback(self) -> None:
         """Trains to the last step, or until the weights went back to a checkpoint and the rows must be drawn anew."""
@@ -182,34 +191,35 @@ class Trainer:
             world_size=distributed.world_size(),
             workers=config.loader_workers,
         )
-        is_first = True
-        started = time.monotonic()
         steps = self._train_rows.steps(self._cursor, config.steps - self._step, shape)
         self._enter("compile")
-        for micro_batches, self._cursor in steps:
-            if not is_first:
-                self._enter("step")
-            agreed = self._agree(micro_batches)
-            if self._train_step(micro_batches, agreed, started):
-                return
-            is_last = self._step == config.steps
-            self._held_out_loss = None
-            if agreed.is_stopping:  # before an evaluation, which may outlast the grace
-                self._save(is_ending=True)
-            if self._eval_rows is not None and (is_last or _is_due(self._step, config.eval_every_steps)):
-                self._report_evaluation()
-            if agreed.has_written:
-                self._finish_saving()
-            is_save_due = is_last or agreed.is_save_requested or _is_due(self._step, config.save_every_steps)
-            if is_save_due and not agreed.is_stopping:
-                self._save(is_ending=is_last)
-            if agreed.is_stopping and not is_last:
-                raise StopRequestedError(
-                    f"stopped at step {self._step} on request; start the same command again to go on"
+        is_first = True
+        started = time.monotonic()
+        with contextlib.closing(steps):
+            for micro_batches, self._cursor in steps:
+                if not is_first:
+                    self._enter("step")
+                agreed = self._agree(micro_batches)
+                self._is_save_requested |= agreed.is_save_requested
+                is_last = self._step + 1 == config.steps
+                is_save_due = is_last or self._is_save_requested or _is_due(self._step + 1, config.save_every_steps)
+                is_saving = is_save_due or agreed.is_stopping
+                if self._train_step(micro_batches, agreed, started, is_saving=is_saving):
+                    return
+                self._held_out_loss = None
+                self._is_evaluation_due = self._eval_rows is not None and (
+                    is_last or _is_due(self._step, config.eval_every_steps)
                 )
-            is_first = False
-            started = time.monotonic()
-            self._enter("data")
+                is_stopping = agreed.is_stopping or (self._is_evaluation_due and not self._report_evaluation())
+                if agreed.has_written:
+                    self._finish_saving()
+                if is_save_due or is_stopping:
+                    self._save(is_ending=is_last or is_stopping)
+                if is_stopping and (not is_last or self._is_evaluation_due):
+                    raise self._stop_requested()
+                self._enter("data")
+                is_first = False
+                started = time.monotonic()
 
     def _agree(self, micro_batches: list[Batch]) -> Agreed:
         is_save_requested = distributed.is_main() and take_request(self.run_dir)
@@ -217,7 +227,7 @@ class Trainer:
             [
                 sum(self.objective.num_targets(batch) for batch in micro_batches),
                 sum(_num_input_tokens(batch) for batch in micro_batches),
-                float(self._stops.is_stopping),
+                float(self._stops is not None and self._stops.is_stopping),
                 float(is_save_requested),
                 float(self._saver.is_finished),
                 *samples.digest_parts(samples.sample_numbers(micro_batches)),
@@ -232,8 +242,8 @@ class Trainer:
             samples=samples.digest(parts),
         )
 
-    def _train_step(self, micro_batches: list[Batch], agreed: Agreed, started: float) -> bool:
-        """One optimizer step; returns whether it ended in a rollback."""
+    def _train_step(self, micro_batches: list[Batch], agreed: Agreed, started: float, *, is_saving: bool) -> bool:
+        """One optimizer step, behind which the weights may be saved; returns whether it ended in a rollback."""
         step = self._step + 1
         factor = self.config.schedule.factor(step, self.config.steps)
         result = self._steps.train(
@@ -242,7 +252,7 @@ class Trainer:
             num_targets=agreed.targets,
             learning_rate_factor=factor,
             largest_loss=self._largest_loss,
-            compares_copies=self._is_comparison_due,
+            compares_copies=self._is_comparison_due(is_saving),
         )
         self._step, self._tokens = step, self._tokens + agreed.tokens
         if result.is_applied and self._average is not None:
@@ -305,10 +315,9 @@ class Trainer:
             return self._roll_back(reason, skips_data=True)
         return False
 
-    @property
-    def _is_comparison_due(self) -> bool:
-        every, step = self.config.replica_check_every_steps, self._step + 1
-        return every is not None and (_is_due(step, every) or _is_due(step, self.config.save_every_steps))
+    def _is_comparison_due(self, is_saving: bool) -> bool:
+        every = self.config.replica_check_every_steps
+        return every is not None and (is_saving or _is_due(self._step + 1, every))
 
     def _on_differing_copies(self, differing: dict[str, list[int]]) -> bool:
         """Goes back to weights that all ranks agreed on."""
@@ -327,22 +336,21 @@ class Trainer:
             RunAbortedError: going back did not help several times in a row, or there is nothing to go back to and it must be done.
         """
         self._finish_saving()
-        self._rollbacks += 1
-        if self._rollbacks > self.config.max_skipped_in_a_row:
-            raise RunAbortedError(
-                f"step {self._step}: {reason}; went back {self._rollbacks - 1} times since the last checkpoint, and it came again"
-            )
-        newest = newest_good_checkpoint(self.run_dir / "checkpoints")
+        newest = newest_good_checkpoint(self.run_dir / "checkpoints") or self._resumed_from
         if newest is None:
             if skips_data:
                 return False
             raise RunAbortedError(f"step {self._step}: {reason}; there is no checkpoint to go back to, start again")
-        at, cursor, skipped = self._step, self._cursor, self._skipped
-        self.resume(newest, is_verified=True)
+        if self._rollbacks == self.config.max_skipped_in_a_row:
+            raise RunAbortedError(
+                f"step {self._step}: {reason}; went back {self._rollbacks} times since the last checkpoint, and it came again"
+            )
+        self._rollbacks += 1
+        at, cursor = self._step, self._cursor
+        self.resume(newest)
         if skips_data:
             assert cursor is not None
             self._cursor = self._merged(cursor)
-            self._skipped = skipped
         self._record("rollback", reason=reason, to_step=self._step, from_step=at, skips_data=skips_data)
         logger.warning(
             "step %d: %s; back to step %d%s",
@@ -355,12 +363,33 @@ class Trainer:
             self._reporter.resumed(self._step)
         return True
 
-    def _report_evaluation(self) -> None:
-        result = self.evaluate()
+    def _report_evaluation(self) -> bool:
+        """Evaluates, unless the run is asked to stop meanwhile, which may not wait for so long; returns whether it came to the end."""
+        try:
+            result = self.evaluate()
+        except _StoppedEvaluationError:
+            return False
+        self._is_evaluation_due = False
         self._held_out_loss = result.loss
         if self._reporter is not None:
             metrics = {"step": self._step, "split": "validation", "loss": result.loss, "targets": result.targets}
             self._reporter.evaluation({**metrics, **_group_metrics(result.loss_by)})
+        return True
+
+    def _go_on_evaluating(self) -> None:
+        self._enter("evaluation")
+        if self._stops is not None and distributed.all_reduce_sum([float(self._stops.is_stopping)])[0]:
+            raise _StoppedEvaluationError
+
+    def _make_up_evaluation(self) -> None:
+        """Evaluates the weights that a run was stopped with before it could."""
+        if not self._report_evaluation():
+            raise self._stop_requested()
+        if self._step == self.config.steps:
+            self._save(is_ending=True)
+
+    def _stop_requested(self) -> StopRequestedError:
+        return StopRequestedError(f"stopped at step {self._step} on request; start the same command again to go on")
 
     def _save(self, *, is_ending: bool) -> None:
         """Starts to write a checkpoint behind training; at the end of a run, waits for it."""
@@ -371,11 +400,13 @@ class Trainer:
             "cursor": self._merged(self._cursor),
             "skipped_steps": self._skipped.steps,
             "losses": [] if self._spikes is None else self._spikes.losses,
+            EVALUATION_IS_DUE: self._is_evaluation_due,
             **({} if self._held_out_loss is None else {"held_out_loss": self._held_out_loss}),
             **self._facts,
         }
         self._enter("save")
         self._saver.save(take_snapshot(self.backend, step=self._step, facts=facts, average=self._average))
+        self._is_save_requested = False
         if is_ending:
             self._finish_saving(is_ending=True)
 
@@ -428,6 +459,10 @@ class Trainer:
     def _record(self, event: str, **values: Any) -> None:
         if self._reporter is not None:
             self._reporter.event({"event": event, "step": self._step, **values})
+
+
+class _StoppedEvaluationError(Exception):
+    """Some rank was asked to stop during an evaluation."""
 
 
 def start(config: TrainingConfig) -> None:

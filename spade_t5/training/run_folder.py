@@ -20,11 +20,11 @@ from spade_t5.checkpoint import (
     set_aside_newer,
     verify_together,
 )
-from spade_t5.checkpoint.folder import checkpoint_folders, checkpoint_step
+from spade_t5.checkpoint.folder import checkpoint_folders, checkpoint_step, restore_replaced
 from spade_t5.checkpoint.manifest import FOLDER_MODE, content_hash, whole_file
-from spade_t5.checkpoint.state import STATE_FILE
+from spade_t5.checkpoint.state import EVALUATION_IS_DUE, STATE_FILE
 from spade_t5.config import ConfigDict, dump_yaml
-from spade_t5.errors import ConfigError
+from spade_t5.errors import ConfigError, DataError
 from spade_t5.messages import printable, shown
 from spade_t5.training import distributed
 from spade_t5.training.agreement import on_main
@@ -105,7 +105,8 @@ class RunFolder:
 
     def is_finished(self, num_steps: int) -> bool:
         """Whether the checkpoint to resume from is the last one of a run of `num_steps` steps."""
-        return bool(self._state) and self._state["step"] >= num_steps
+        is_last = bool(self._state) and self._state["step"] >= num_steps
+        return is_last and not self._state.get(EVALUATION_IS_DUE)
 
     def begin(self, resolved: ConfigDict) -> None:
         """Writes the first files of the run, whose settings were checked (a collective call).
@@ -162,7 +163,7 @@ def find_resume_point(run_dir: Path, point: str) -> Path | None:
         DataError: checkpoints are there, but the one asked for, or every one, is damaged.
     """
     own = run_dir / "checkpoints"
-    has_own = on_main(lambda: bool(checkpoint_folders(own)))
+    has_own = on_main(lambda: _has_own(own))
     if has_own and _is_restarted():
         point = "auto"  # the first attempt began as it was told to
     if point == "none":
@@ -175,6 +176,15 @@ def find_resume_point(run_dir: Path, point: str) -> Path | None:
             logger.info("no checkpoint in %s: starting at step 0", own)
         return found
     return _resume_point_at(run_dir, Path(point), has_own)
+
+
+def _has_own(own: Path) -> bool:
+    """Whether the run has checkpoints, after one that a kill left without its name has it back; other runs' are not touched."""
+    try:
+        restore_replaced(own)
+        return bool(checkpoint_folders(own))
+    except OSError as error:
+        raise DataError(f"{own}: cannot be read ({error.strerror}); look at the file system") from None
 
 
 def _resume_point_at(run_dir: Path, path: Path, has_own: bool) -> Path:

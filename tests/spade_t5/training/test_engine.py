@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spade_t5.checkpoint import list_checkpoints, read_weights
+from spade_t5.checkpoint import list_checkpoints, read_state, read_weights
 from spade_t5.checkpoint.request import request_checkpoint
 from spade_t5.errors import StopRequestedError
 from spade_t5.training.data import Batch, NumberedRows
@@ -202,6 +202,43 @@ def test_sigterm_saves_at_the_next_step_boundary(make_trainer: MakeTrainer, rand
     resumed.resume(tmp_path / "run" / "checkpoints" / "step-00000002")
     resumed.fit()
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize(("at_row", "step"), [(8, 2), (3, 2), (20, 4), (5, 4)])
+def test_an_evaluation_that_a_stop_leaves_out_is_made_up_for(
+    at_row: int, step: int, make_trainer: MakeTrainer, random_rows: Any, tmp_path: Path
+) -> None:
+    """The signal comes while row 8 or 20 of training is prepared, in steps 2 and 4, or while a held-out row is, in their evaluations."""
+
+    class SignallingRows(random_rows):  # type: ignore[misc]
+        is_armed = True
+
+        def collate(self, row_numbers: Sequence[int]) -> Batch:
+            is_due = at_row > 6 or len(train_metrics(tmp_path / "run", "loss")) == step
+            if self.is_armed and at_row in row_numbers and is_due:
+                self.is_armed = False
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().collate(row_numbers)
+
+    settings = {"eval_every_steps": 2, "keep_best": 1, "micro_batch_rows": 1}
+    make_trainer(tmp_path / "unbroken", **settings).fit()
+    rows, held_out = (SignallingRows(n) if (n is None) == (at_row > 6) else random_rows(n) for n in (None, 7))
+    with pytest.raises(StopRequestedError, match=f"stopped at step {step} on request"):
+        make_trainer(tmp_path / "run", train_rows=rows, eval_rows=held_out, **settings).fit()
+    held_out_lines = [m["step"] for m in read_metrics(tmp_path / "run") if m["split"] == "validation"]
+    assert held_out_lines == ([] if step == 2 else [2])
+    resumed = make_trainer(tmp_path / "run", **settings)
+    resumed.resume(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    resumed.fit()
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+    lines, expected = (
+        [(m["step"], m["loss"]) for m in read_metrics(tmp_path / name) if m["split"] == "validation"]
+        for name in ("run", "unbroken")
+    )
+    assert lines == expected
+    last = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert read_state(last)["held_out_loss"] == expected[-1][1]
+    assert not read_state(last)["evaluation_is_due"]
 
 
 def test_a_checkpoint_is_made_when_one_is_asked_for(

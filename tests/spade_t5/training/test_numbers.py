@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spade_t5 import SpadeT5Config, SpadeT5ForConditionalGeneration
-from spade_t5.checkpoint import list_checkpoints, read_state
+from spade_t5.checkpoint import list_checkpoints, read_state, read_weights
 from spade_t5.errors import RunAbortedError, SaveError
 from spade_t5.hf.loading import build_model
 from spade_t5.testing import documented
@@ -279,6 +279,37 @@ def test_without_a_checkpoint_a_spike_is_skipped_instead(tmp_path: Path) -> None
     assert len(losses(tmp_path / "run")) == 12
 
 
+def test_spikes_far_apart_without_a_checkpoint_do_not_end_the_run(tmp_path: Path) -> None:
+    bad = [4 * step - 1 for step in range(11, 29, 3)]
+    settings = {"steps": 30, "save_every_steps": None, "spikes": {**SPIKES, "action": "rollback"}}
+    train(tmp_path / "run", fault="spike", sample_numbers=bad, **settings)
+    assert len(events(tmp_path / "run", "spike")) == len(bad) == 6
+    assert len(losses(tmp_path / "run")) == 30
+
+
+def test_a_run_without_checkpoints_of_its_own_goes_back_to_where_it_began(tmp_path: Path) -> None:
+    train(tmp_path / "first", steps=9)
+    settings = {"steps": 20, "save_every_steps": None, "spikes": {**SPIKES, "window_steps": 5, "action": "rollback"}}
+    train(
+        tmp_path / "run", fault="spike", sample_numbers=[63], resume=str(checkpoint(tmp_path / "first", 9)), **settings
+    )
+    assert [(e["from_step"], e["to_step"]) for e in events(tmp_path / "run", "rollback")] == [(16, 9)]
+
+
+def test_a_rollback_on_two_ranks_with_workers_and_an_average(tmp_path: Path) -> None:
+    arguments = {"steps": 14, "save_every_steps": 4, "ema_decay": 0.9, "fault": "spike", "sample_numbers": [43]}
+    arguments |= {"spikes": {**SPIKES, "action": "rollback"}}
+    train(tmp_path / "alone", **arguments)
+    on_two_ranks(tmp_path / "run", stage=2, loader_workers=1, **arguments)
+    assert [event["to_step"] for event in events(tmp_path / "run", "rollback")] == [8]
+    runs = [read_metrics(tmp_path / name) for name in ("run", "alone")]
+    assert [m["samples"] for m in runs[0]] == [m["samples"] for m in runs[1]]
+    assert [m["loss"] for m in runs[0]] == pytest.approx([m["loss"] for m in runs[1]], rel=1e-4)
+    weights, expected = (read_weights(checkpoint(tmp_path / name, 14), is_averaged=True) for name in ("run", "alone"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-5)
+
+
 def test_spikes_without_end_end_the_run(tmp_path: Path) -> None:
     spikes = {**SPIKES, "action": "rollback"}
     settings = {"steps": 99, "save_every_steps": 4, "spikes": spikes}
@@ -302,3 +333,10 @@ def test_a_flipped_bit_in_a_copy_of_the_weights_is_found_and_undone(
     assert [rollback["to_step"] for rollback in events(tmp_path / "run", "rollback")] == [3]
     assert losses(tmp_path / "run") == losses(tmp_path / "clean")
     assert_equal_tensors(checkpoint(tmp_path / "run", 8), checkpoint(tmp_path / "clean", 8))
+
+
+def test_copies_are_compared_before_the_last_save_too(tmp_path: Path) -> None:
+    settings = {"stage": 1, "steps": 5, "save_every_steps": 3, "replica_check_every_steps": 100}
+    on_two_ranks(tmp_path / "run", fault="flip", sample_numbers=[4 * ROWS_PER_STEP + 1], **settings)
+    assert [(e["step"], e["ranks"]) for e in events(tmp_path / "run", "replicas_differ")] == [(5, [1])]
+    assert checkpoint(tmp_path / "run", 5).is_dir()
