@@ -5,7 +5,6 @@ import argparse
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.finetune.run import finetune
 from spade_t5.launch.config_files import add_run_arguments, load_recipe, resume_of
-from spade_t5.launch.jit_locks import clear_stale_locks
 from spade_t5.training import distributed
 
 
@@ -21,7 +20,6 @@ def read_config(arguments: argparse.Namespace) -> FinetuneConfig:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    clear_stale_locks()
     run_dir = finetune(read_config(arguments), resume=resume_of(arguments))
     if distributed.is_main():
         print(run_dir)

@@ -3,7 +3,6 @@
 import argparse
 
 from spade_t5.launch.config_files import add_run_arguments, load_recipe, resume_of
-from spade_t5.launch.jit_locks import clear_stale_locks
 from spade_t5.pretrain.run import PretrainConfig, pretrain
 from spade_t5.training import distributed
 
@@ -20,7 +19,6 @@ def read_config(arguments: argparse.Namespace) -> PretrainConfig:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    clear_stale_locks()
     run_dir = pretrain(read_config(arguments), resume=resume_of(arguments))
     if distributed.is_main():
         print(run_dir)
