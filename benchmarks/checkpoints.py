@@ -57,8 +57,8 @@ class Training:
         self.average = WeightAverage(self.backend.fragments(), 0.999)
         self.saver = CheckpointSaver(folder, Retention(keep_last=1))
         self._batch = {
-            "input_ids": torch.randint(3, 32000, (batch_rows, INPUT_TOKENS)),
-            "labels": torch.randint(3, 32000, (batch_rows, TARGET_TOKENS)),
+            name: torch.randint(3, 32000, (batch_rows, length)).to(self.backend.device)
+            for name, length in (("input_ids", INPUT_TOKENS), ("labels", TARGET_TOKENS))
         }
         self._objective = Seq2SeqObjective()
         self._step = 0

@@ -195,6 +195,8 @@ class Campaign:
                 return True
             killed_at = time.monotonic()
             group.kill(KINDS[aim.kind])
+            if aim.kind in ("launcher", "all"):
+                group.assert_gone(2)
             group.wait(30)
             group.assert_gone(2)
             gone_seconds = time.monotonic() - killed_at
@@ -292,12 +294,11 @@ def run_campaign(folder: Path, stores: Sequence[Path], *, num_kills: int, seed: 
         "num_kills": len(kills),
         "num_inside_write": num_inside,
         "by_kind": dict(Counter(kill.kind for kill in kills)),
-        "num_runs": sum(campaign.num_runs for campaign in campaigns),
-        "runs_identical_to_undisturbed": sum(campaign.num_runs for campaign in campaigns),
+        "num_runs_all_identical_to_undisturbed": sum(campaign.num_runs for campaign in campaigns),
         "steps_of_a_run": STEPS,
         "save_every_steps": SAVE_EVERY_STEPS,
         "fsync_delay_seconds": FSYNC_SECONDS,
-        "redone_steps_all_identical": sum(campaign.num_redone_steps for campaign in campaigns),
+        "num_redone_steps_all_identical": sum(campaign.num_redone_steps for campaign in campaigns),
         "lost_steps": _spread([kill.lost_steps for kill in kills]),
         "lost_steps_outside_writes": _spread([kill.lost_steps for kill in kills if kill.written_step is None]),
         "gone_seconds": _spread([kill.gone_seconds for kill in kills]),
