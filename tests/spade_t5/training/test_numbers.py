@@ -55,10 +55,11 @@ class FaultyObjective(Seq2SeqObjective):
         found = self.sample_numbers & set(batch["sample_numbers"].flatten().tolist())
         if not found:
             return super().loss_sums(model, batch)
-        if self.fault == "flip" and torch.is_grad_enabled():
+        if self.fault.startswith("flip") and torch.is_grad_enabled():
             self.sample_numbers -= found
             with torch.no_grad():
-                weight = next(p for name, p in model.named_parameters() if name.endswith("o.weight"))
+                is_trained = self.fault == "flip"
+                weight = next(p for p in model.parameters() if p.requires_grad == is_trained and p.numel() > 9)
                 weight.view(-1)[5:6].view(torch.int32).bitwise_xor_(1 << 20)
         sums = super().loss_sums(model, batch)
         if not self.is_lasting and torch.is_grad_enabled():
@@ -200,6 +201,27 @@ def test_a_lasting_nan_ends_the_run_with_the_last_good_checkpoint(tmp_path: Path
         assert all(torch.isfinite(tensor).all() for tensor in read_tensors(path).values())
 
 
+def abort(run_dir: str, **arguments: Any) -> str:
+    with pytest.raises(RunAbortedError) as caught:
+        train(run_dir, **arguments)
+    distributed.shutdown()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_lasting_nan_on_one_rank_ends_the_run_on_all(stage: int, tmp_path: Path) -> None:
+    arguments = {
+        "run_dir": str(tmp_path / "run"),
+        "fault": "nan",
+        "sample_numbers": list(range(13, 99, 4)),
+        "steps": 20,
+    }
+    messages = call_on_ranks(abort, {**arguments, "stage": stage}, num_ranks=2, log_dir=tmp_path / "ranks")
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("5 steps in a row were skipped up to step 8: the loss is nan")
+    assert [event["ranks"] for event in events(tmp_path / "run", "skipped_step")] == [[1]] * 5
+
+
 def test_the_count_of_skipped_steps_goes_on_after_a_resume(tmp_path: Path) -> None:
     arguments = {"fault": "nan", "sample_numbers": range(12, 99)}
     train(tmp_path / "run", steps=6, **arguments)  # 4, 5 and 6 are skipped
@@ -318,18 +340,22 @@ def test_spikes_without_end_end_the_run(tmp_path: Path) -> None:
     documented(str(caught.value))
 
 
-@pytest.mark.parametrize(("stage", "step", "found"), [(0, 5, 6), (1, 4, 4), (2, 4, 4)])
+@pytest.mark.parametrize(
+    ("fault", "stage", "step", "found"),
+    [("flip", 0, 5, 6), ("flip", 1, 4, 4), ("flip", 2, 4, 4), ("flip frozen", 1, 5, 6)],
+)
 def test_a_flipped_bit_in_a_copy_of_the_weights_is_found_and_undone(
-    stage: int, step: int, found: int, tmp_path: Path
+    fault: str, stage: int, step: int, found: int, tmp_path: Path
 ) -> None:
     """On rank 1; copies are compared in even steps, weights were saved in step 3. At ZeRO 1 and 2 an update replaces all copies."""
     arguments = {"stage": stage, "steps": 8, "save_every_steps": 3}
     on_two_ranks(tmp_path / "clean", **arguments)
     settings = {"replica_check_every_steps": 2, **arguments}
-    on_two_ranks(tmp_path / "run", fault="flip", sample_numbers=[(step - 1) * ROWS_PER_STEP + 1], **settings)
+    on_two_ranks(tmp_path / "run", fault=fault, sample_numbers=[(step - 1) * ROWS_PER_STEP + 1], **settings)
     (event,) = events(tmp_path / "run", "replicas_differ")
-    # At stage 0 two copies that differ have neither an owner nor a majority.
-    assert (event["step"], event["ranks"]) == (found, [0, 1] if stage == 0 else [1])
+    # At stage 0, and where they do not train, two copies that differ have neither an owner nor a majority.
+    has_owner = stage > 0 and fault == "flip"
+    assert (event["step"], event["ranks"]) == (found, [1] if has_owner else [0, 1])
     assert [rollback["to_step"] for rollback in events(tmp_path / "run", "rollback")] == [3]
     assert losses(tmp_path / "run") == losses(tmp_path / "clean")
     assert_equal_tensors(checkpoint(tmp_path / "run", 8), checkpoint(tmp_path / "clean", 8))
