@@ -66,6 +66,7 @@ def open_run_folder(run_dir: Path, resume: Resume) -> Iterator["RunFolder"]:
         ConfigError: another run has the folder, it cannot be written or is not the same for all ranks, or there is nothing to resume or
             something in the way.
         DataError: the checkpoints to resume from are damaged.
+        RunAbortedError: the lease was lost.
     """
     _check_equal("run_dir", run_dir)
     made = on_main(lambda: make_folder(run_dir))
@@ -77,7 +78,12 @@ def open_run_folder(run_dir: Path, resume: Resume) -> Iterator["RunFolder"]:
         stack.callback(lease.release)
         on_main(lease.take)
         check_shared(run_dir)
-        yield RunFolder(run_dir, find_resume_point(run_dir, resume.point), resume, lease, log)
+        try:
+            yield RunFolder(run_dir, find_resume_point(run_dir, resume.point), resume, lease, log)
+        except StopRequestedError:
+            if distributed.is_main():
+                lease.check()  # a lost lease asks this process to stop, and that is the reason then
+            raise
 
 
 class RunFolder:
