@@ -4,10 +4,11 @@ A run folder holds config.yaml (resolved), metrics.jsonl, checkpoints/, tensorbo
 lease.json.
 """
 
+import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,14 @@ from spade_t5.checkpoint.folder import checkpoint_folders, checkpoint_step, rest
 from spade_t5.checkpoint.manifest import FOLDER_MODE, content_hash, whole_file
 from spade_t5.checkpoint.state import EVALUATION_IS_DUE, STATE_FILE
 from spade_t5.config import ConfigDict, dump_yaml
-from spade_t5.errors import ConfigError, DataError
+from spade_t5.errors import ConfigError, DataError, StopRequestedError
 from spade_t5.messages import printable, shown
 from spade_t5.training import distributed
-from spade_t5.training.agreement import on_main
+from spade_t5.training.agreement import on_main, write_on_every_rank, write_on_main
 from spade_t5.training.lease import Lease
 from spade_t5.training.provenance import check_provenance, provenance
 from spade_t5.training.rank_log import RankLog
-from spade_t5.training.settings import check_can_be_allowed, check_changes, leaves
+from spade_t5.training.settings import check_can_be_allowed, check_changes, leaves, with_defaults
 from spade_t5.training.shared_folder import check_shared, make_folder, remove_empty
 
 logger = logging.getLogger("spade_t5")
@@ -100,14 +101,18 @@ class RunFolder:
         self._lease = lease
         self._log = log
 
-    def check_settings(self, resolved: ConfigDict) -> None:
+    def check_settings(self, resolved: ConfigDict, config_class: type) -> None:
         """Holds the run's settings against those of the other ranks and of the checkpoint it resumes from (a collective call).
+
+        Args:
+            resolved: the settings, and what stands for tokenizer and data.
+            config_class: dataclass of the settings; its defaults stand for those that an older checkpoint does not know.
 
         Raises:
             ConfigError: ranks were given different settings, or one changed that may not; on every rank.
         """
         _check_equal("", resolved)
-        on_main(lambda: self._check_changes(resolved))
+        on_main(lambda: self._check_changes(resolved, config_class))
 
     def is_finished(self, num_steps: int) -> bool:
         """Whether the checkpoint to resume from is the last one of a run of `num_steps` steps."""
@@ -120,8 +125,16 @@ class RunFolder:
         Raises:
             ConfigError: they cannot be written.
         """
-        on_main(lambda: self._write(resolved))
-        self._log.open_file()
+        self.write(lambda: self._write(resolved))
+        write_on_every_rank("run_dir", self.path, self._log.open_file)
+
+    def write(self, action: Callable[[], object]) -> None:
+        """Lets the main rank write into the folder (a collective call).
+
+        Raises:
+            ConfigError: it cannot be written; on every rank.
+        """
+        write_on_main("run_dir", self.path, action)
 
     def check_lease(self) -> dict[str, Any]:
         """What a manifest says of the lease; of use on the main rank, before anything is published.
@@ -131,30 +144,26 @@ class RunFolder:
         """
         return self._lease.check()
 
-    def _check_changes(self, resolved: ConfigDict) -> None:
-        for name in self._resume.allow_changes:
-            check_can_be_allowed(name, set(leaves(resolved)))
-        if self._state:
+    def _check_changes(self, resolved: ConfigDict, config_class: type) -> None:
+        if not self._state:
+            for name in self._resume.allow_changes:
+                check_can_be_allowed(name, set(leaves(resolved)))
+        else:
             if not {"config", "provenance"} <= self._state.keys():
                 raise ConfigError(
                     f"--resume: {self.resume_from} does not say with which settings it was made; give a checkpoint of spade-t5 pretrain or finetune"
                 )
-            check_changes(self._state["config"], resolved, self._resume.allow_changes)
+            check_changes(with_defaults(self._state["config"], config_class), resolved, self._resume.allow_changes)
             check_provenance(self._state["provenance"], provenance(), is_strict=self._resume.strict_env)
 
     def _write(self, resolved: ConfigDict) -> None:
         checkpoints = self.path / "checkpoints"
-        try:
-            checkpoints.mkdir(FOLDER_MODE, exist_ok=True)
-            remove_unfinished(checkpoints)
-            if self._state:
-                set_aside_newer(checkpoints, self._state["step"])
-            with whole_file(self.path / CONFIG_FILE) as file:
-                file.write(dump_yaml(resolved).encode())
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir: {self.path} cannot be written ({error.strerror}); choose another folder"
-            ) from None
+        checkpoints.mkdir(FOLDER_MODE, exist_ok=True)
+        remove_unfinished(checkpoints)
+        if self._state:
+            set_aside_newer(checkpoints, self._state["step"])
+        with whole_file(self.path / CONFIG_FILE) as file:
+            file.write(dump_yaml(resolved).encode())
 
 
 def find_resume_point(run_dir: Path, point: str) -> Path | None:
@@ -230,8 +239,8 @@ def _already_holds_checkpoints(run_dir: Path) -> ConfigError:
 
 
 def _is_restarted() -> bool:
-    """Whether torchrun has started this group of processes again after a fault."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    """Whether `spade-t5 launch` or torchrun has started this group of processes again after a fault."""
+    return any(os.environ.get(name, "0") != "0" for name in ("SPADE_T5_ATTEMPT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def _looks_like_checkpoint(path: Path) -> bool:
@@ -242,17 +251,19 @@ def _check_equal(name: str, value: Any) -> None:
     """Fails on every rank unless all have the same value, a path or a config.
 
     Raises:
-        ConfigError: naming the first setting that differs, with both values.
+        ConfigError: naming the first setting that differs, with both values, where it has a value.
     """
     if len(set(distributed.gather_objects(content_hash({"": _plain(value)})))) == 1:
         return
     first, *others = (leaves(_plain(each), name) for each in distributed.gather_objects(value))
     for rank, other in enumerate(others, 1):
         for key in sorted(first.keys() | other.keys()):
-            if first.get(key) != other.get(key):
+            if json.dumps(first.get(key)) != json.dumps(other.get(key)):  # 1 and 1.0 are equal to Python
                 raise ConfigError(
                     f"{key}: {shown(first.get(key))} on rank 0 and {shown(other.get(key))} on rank {rank}; start every rank with the same settings"
                 )
+    # such as a section without settings on one rank that another rank has not at all
+    raise ConfigError(f"{name or 'config'}: not the same on every rank; start every rank with the same settings")
 
 
 def _plain(value: Any) -> Any:
