@@ -8,6 +8,7 @@ What is too long is cut by a rule that the config names (by default a source kee
 counted and logged.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from spade_t5.checkpoint.manifest import content_hash
 from spade_t5.data import packing
 from spade_t5.data.packing import TruncationRule, render, render_inputs, render_labels, truncate
 from spade_t5.finetune.task import Example, Task
@@ -70,10 +70,16 @@ class EncodedExamples:
         """Number of examples."""
         return len(self.sources)
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the examples in their order; a resumed run must have the same."""
-        return content_hash({"sources": self.sources, "targets": self.targets, "labels": self.labels})
+    def compute_fingerprint(self) -> str:
+        """Hash of the examples in their order, over all of them; a resumed run must have the same."""
+        digest = hashlib.sha256()
+        for texts in (self.sources, self.targets):
+            digest.update(np.array([len(texts), *map(len, texts)], dtype="<i8").tobytes())
+            for tokens in texts:
+                digest.update(np.array(tokens, dtype="<i4").tobytes())
+        if self.labels is not None:
+            digest.update(np.array(self.labels, dtype="<f8").tobytes())
+        return digest.hexdigest()
 
 
 def encode_examples(

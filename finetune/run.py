@@ -76,7 +76,7 @@ def _finetune_in(folder: RunFolder, config: FinetuneConfig) -> None:
     resolved = {
         **to_mapping(config),
         "tokenizer_hash": tokenizer_hash(tokenizer),
-        "data_fingerprint": {"train": train.fingerprint},
+        "data_fingerprint": {"train": train.compute_fingerprint(), "held_out": held_out.compute_fingerprint()},
     }
     folder.check_settings(resolved)
     exported = folder.path / "model"

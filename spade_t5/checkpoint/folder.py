@@ -106,11 +106,14 @@ def restore_replaced(folder: Path) -> None:
 def set_aside_newer(folder: Path, step: int) -> list[Path]:
     """Renames checkpoints beyond `step` so that no later resume picks them (main rank only).
 
+    The newest goes first: cut off at any point, the newest one left is as old as it can be, and the next start goes on from the same
+    lineage or sets aside the rest.
+
     Returns:
-        their new names, oldest first.
+        their new names, newest first.
     """
     moved = []
-    for path in checkpoint_folders(folder):
+    for path in reversed(checkpoint_folders(folder)):
         number = checkpoint_step(path)
         if number is not None and number > step:
             target, count = path.with_name(f"{path.name}.abandoned"), 1
@@ -118,10 +121,9 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
                 count += 1
                 target = path.with_name(f"{path.name}.abandoned.{count}")
             os.rename(path, target)
+            sync(folder)
             logger.warning("%s: set aside as %s, the run goes on from step %d", path, target.name, step)
             moved.append(target)
-    if moved:
-        sync(folder)
     return moved
 
 

@@ -7,7 +7,9 @@ carries its own), and published by one rename.
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +58,25 @@ def sync(path: Path) -> None:
 def unique_name(name: str) -> str:
     """A hidden name for something unfinished that no other process takes, on this host or another that shares the folder."""
     return f".{name}.{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Removes what dead processes of this host left in `folder` under a `unique_name` of `name`."""
+    mine = re.compile(re.escape(f".{name}.{os.uname().nodename}.") + r"(\d+)\.[0-9a-f]{8}\.partial")
+    for path in folder.iterdir():
+        match = mine.fullmatch(path.name)
+        if match and not _is_process(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager

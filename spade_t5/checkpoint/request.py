@@ -78,4 +78,4 @@ def _is_running(run_dir: Path) -> bool:
         holder = Holder.parse((run_dir / LEASE_FILE).read_bytes())
     except OSError:
         return False
-    return holder is None or not holder.is_on_this_machine or holder.is_alive
+    return holder is None or not holder.is_on_this_machine or holder.is_alive is not False

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveReport:
-    """What a save took; times are those of the slowest rank."""
+    """What a save took; times are those of the rank that they are longest for."""
 
     path: Path
     """The checkpoint."""
@@ -119,7 +119,8 @@ class CheckpointSaver:
 
         Raises:
             SaveError: a rank could not write; on all ranks. What was written is removed, and the saver may be used again.
-            RunAbortedError: publishing was forbidden; on all ranks.
+            RunAbortedError: publishing was forbidden, on all ranks; or the ranks lost each other, of which a rank may know
+                nothing. Their group is of no use any more, and no save will go well: the run must end.
         """
         if self._thread is None:
             return None
@@ -154,11 +155,17 @@ class CheckpointSaver:
         started = time.perf_counter()
         final = checkpoint_path(self._folder, snapshot.step)
         temporary = hidden_path(final, "tmp")
-        what = f"the checkpoint of step {snapshot.step} was not written"
+        name = f"the checkpoint of step {snapshot.step}"
+        what = f"{name} was not written"
+
+        def publish() -> float:
+            self._publish(temporary, final, snapshot, parts)
+            return time.perf_counter() - started
+
         try:
             needed = sum(self._agree(what, lambda: _begin(temporary, snapshot)))
             parts = self._agree(what, lambda: write_own_files(temporary, snapshot), needed)
-            self._agree(what, lambda: self._publish(temporary, final, snapshot, parts), needed)
+            seconds = self._agree(what, publish, needed, if_lost=f"{name} may or may not have been written")
         except RunAbortedError:
             if distributed.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -168,7 +175,7 @@ class CheckpointSaver:
             step=snapshot.step,
             num_bytes=needed,
             blocked_seconds=max(part.blocked_seconds for part in parts),
-            write_seconds=time.perf_counter() - started,
+            write_seconds=max(seconds),
             hash_seconds=max(part.hash_seconds for part in parts),
             sync_seconds=max(part.sync_seconds for part in parts),
             read_back_seconds=max(part.read_back_seconds for part in parts),
@@ -195,8 +202,22 @@ class CheckpointSaver:
         if distributed.is_main():
             self._folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
 
-    def _agree(self, what: str, action: Callable[[], T], needed_bytes: int | None = None) -> list[T]:
-        """Does this rank's part of a stage, and returns what all ranks' parts returned, or raises on all of them."""
+    def _agree(
+        self, what: str, action: Callable[[], T], needed_bytes: int | None = None, *, if_lost: str | None = None
+    ) -> list[T]:
+        """Does this rank's part of a stage, and returns what all ranks' parts returned, or raises on all of them.
+
+        Args:
+            what: what did not happen if a rank's part fails.
+            action: this rank's part.
+            needed_bytes: how much space all ranks need, for the message of a full disk.
+            if_lost: what is to be said if the ranks lose each other; `what` by default.
+
+        Raises:
+            SaveError: a rank's part failed.
+            RunAbortedError: a rank's part was forbidden, or the ranks lost each other. A gloo group that lost a message stays
+                broken, and a rank that did not answer cannot be asked to make another: that is the end of the run.
+        """
         value, problem = None, None
         try:
             value = action()
@@ -209,8 +230,10 @@ class CheckpointSaver:
         try:
             answers = _gather((value, problem), self._group)
         except RuntimeError as error:
-            reason = "the ranks lost each other" if problem is None else problem.message
-            raise SaveError(f"{what}: {reason} ({error})") from None
+            said = f"{if_lost or what}: " if problem is None else f"{problem.message}; and "
+            raise RunAbortedError(
+                f"{said}the ranks lost each other ({error}); see their logs and start the same command again"
+            ) from None
         for _, found in answers:
             if found is not None:
                 raise RunAbortedError(found.message) if found.is_forbidden else SaveError(found.message)

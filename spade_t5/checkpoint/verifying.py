@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spade_t5.checkpoint.folder import checkpoint_folders, checkpoint_step, restore_replaced
+from spade_t5.checkpoint.folder import checkpoint_folders, checkpoint_step
 from spade_t5.checkpoint.manifest import MANIFEST, check_file, read_manifest
 from spade_t5.checkpoint.state import FROZEN_FILE, STATE_FILE, files_of, read_state, tensors_of
 from spade_t5.checkpoint.tensor_file import TensorFile
@@ -58,7 +58,7 @@ def _verify_share(path: Path) -> None:
 
 
 def newest_good_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is good, None if there are none at all (a collective call).
+    """The newest checkpoint that is good, None if there are none at all (a collective call). Nothing in the folder is changed.
 
     Every one that is rejected is named in the log, with the file and the reason. Checkpoints that belong neither to this user nor to the
     owner of the run folder are rejected: somebody else put them there.
@@ -67,7 +67,7 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
         DataError: there are checkpoints, and none is good; on all ranks.
     """
     rejected = []
-    for path in reversed(on_main(lambda: _restore_and_list(folder))):
+    for path in reversed(on_main(lambda: _folders(folder))):
         try:
             on_main(functools.partial(_check_owner, path))
             verify_together(path)
@@ -86,9 +86,8 @@ def newest_good_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _restore_and_list(folder: Path) -> list[Path]:
+def _folders(folder: Path) -> list[Path]:
     try:
-        restore_replaced(folder)
         return checkpoint_folders(folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); look at the file system") from None

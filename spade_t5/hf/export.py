@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from spade_t5.checkpoint import load_weights_into, publish, read_state, write_manifest
-from spade_t5.checkpoint.manifest import FILE_MODE, FOLDER_MODE, file_entry
+from spade_t5.checkpoint.manifest import FILE_MODE, FOLDER_MODE, file_entry, remove_leftovers, unique_name
 from spade_t5.classification import SpadeT5ForSequenceClassification
 from spade_t5.errors import ConfigError, DataError
 from spade_t5.hf.loading import build_model, find_checkpoint, load_config, load_tokenizer_of
@@ -54,11 +54,11 @@ def export_run(
     if out.exists():
         raise ConfigError(f"--out: {out} already exists; choose another folder or remove it")
     checkpoint, state, model = _load(run, step, is_averaged)
-    temporary = out.parent / f".{out.name}.tmp"
+    temporary = out.parent / unique_name(out.name)
     run_dir = checkpoint.parent.parent
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(FOLDER_MODE, parents=True)
+        remove_leftovers(out.parent, out.name)
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         load_tokenizer_of(checkpoint).save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(state, run_dir, model.num_parameters()), encoding="utf-8")
@@ -146,9 +146,9 @@ def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str
     if (run_dir / METRICS_FILE).is_file():
         held_out = [m for m in read_metrics(run_dir) if m["split"] == "validation" and m["step"] <= state["step"]]
         if held_out:
-            lines.append(
-                f"- held-out loss: {held_out[-1]['loss']:.4f} nats per target at step {held_out[-1]['step']:,}"
-            )
+            loss, step = held_out[-1]["loss"], held_out[-1]["step"]
+            said = "not finite" if loss is None else f"{loss:.4f} nats per target"
+            lines.append(f"- held-out loss: {said} at step {step:,}")
     if (run_dir / SCORES_FILE).is_file():
         scores = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
         lines += ["", "## Scores", "", "```json", json.dumps(scores, indent=1), "```"]

@@ -112,11 +112,12 @@ class Reporter:
         )
         self._task = self._progress.add_task("training", total=num_steps, completed=first_step - 1)
         self._first_step = first_step
+        self._steps_made = 0
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
         """Shows the progress bar."""
-        if self._metrics.has_content:
+        if self._metrics.has_content or self._first_step > 1:
             self.resumed(self._first_step - 1)
         self._progress.start()
         return self
@@ -149,11 +150,12 @@ class Reporter:
     def train_step(self, metrics: dict[str, Any]) -> None:
         """Records a training step, and every so often says so."""
         self.record(metrics)
+        self._steps_made += 1  # a rollback may lead behind the first one, and takes none of them back
         step = metrics["step"]
         text = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, description=text)
         if step % self._log_every_steps == 0 or step == self._num_steps:
-            seconds = (time.monotonic() - self._started) / (step - self._first_step + 1) * (self._num_steps - step)
+            seconds = (time.monotonic() - self._started) / self._steps_made * (self._num_steps - step)
             logger.info(
                 "step %d/%d: %s, lr %.3g, ETA %s", step, self._num_steps, text, metrics["lr"], _duration(seconds)
             )
@@ -176,9 +178,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or events.jsonl as they were written, but for one that was cut off at its end."""
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+    """The lines of metrics.jsonl or events.jsonl as they were written, but for one that was cut off at its end, and broken ones."""
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    found = [_parsed(line) for line in lines]
+    if num_broken := found.count(None):
+        logger.warning("%s: %d of %d lines are no JSON objects and are left out", path, num_broken, len(lines))
+    return [values for values in found if values is not None]
 
 
 def draw_loss_curve(run_dir: Path) -> Path | None:
@@ -205,6 +210,15 @@ def draw_loss_curve(run_dir: Path) -> Path | None:
         logger.warning("%s: cannot be written (%s): no loss curve is drawn", path, error.strerror)
         return None
     return path
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The JSON object of a line; None for what a power cut or a failing disk made of it."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def _with_nulls(value: Any) -> Any:

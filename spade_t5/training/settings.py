@@ -51,6 +51,7 @@ FREE = (
     "training.timeouts",
 )
 ON_REQUEST = (
+    "data_fingerprint.held_out",
     "model.init_from",
     "model.dropout_rate",
     "dropout_rate",

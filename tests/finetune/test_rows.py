@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import pickle
 from collections.abc import Callable, Sequence
@@ -35,6 +36,23 @@ EXAMPLES = EncodedExamples(
     num_cut_sources=0,
     num_cut_targets=0,
 )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        EXAMPLES,
+        dataclasses.replace(EXAMPLES, sources=[[3, 4, 1], [5], [1, 6, 6, 6, 1]]),
+        dataclasses.replace(EXAMPLES, sources=EXAMPLES.targets, targets=EXAMPLES.sources),
+        dataclasses.replace(EXAMPLES, targets=[[7, 1], [7, 1], [8, 1]]),
+        dataclasses.replace(EXAMPLES, labels=[0, 1, 0.5]),
+        dataclasses.replace(EXAMPLES, labels=None),
+    ],
+)
+def test_the_fingerprint_tells_examples_apart(other: EncodedExamples) -> None:
+    again = EncodedExamples(list(other.sources), list(other.targets), other.labels, 7, 7)
+    assert (other.compute_fingerprint() == EXAMPLES.compute_fingerprint()) == (other is EXAMPLES)
+    assert again.compute_fingerprint() == other.compute_fingerprint()
 
 
 def test_sources_and_targets_keep_their_beginning_and_end_mark(

@@ -137,11 +137,15 @@ def test_other_rows_are_refused_at_a_resume(opinions: dict[str, Path], tmp_path:
     settings = config(opinions, tmp_path / "run", epochs=1)
     finetune(settings)
     finetune(config(opinions, tmp_path / "run", epochs=1, task=task))  # the same rows in another folder
-    lines = (glue / "SST-2" / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
-    for change in ([lines[0], *lines[:0:-1]], lines[:-1], [*lines, lines[-1]]):
-        (glue / "SST-2" / "train.tsv").write_text("".join(change), encoding="utf-8")
-        with pytest.raises(ConfigError, match=r"data_fingerprint\.train: was '.*; a resumed run cannot change it"):
-            finetune(config(opinions, tmp_path / "run", epochs=1, task=task))
+    for split, name in (("train", "train"), ("dev", "held_out")):
+        file = glue / "SST-2" / f"{split}.tsv"
+        content = file.read_text(encoding="utf-8")
+        lines = content.splitlines(keepends=True)
+        for change in ([lines[0], *lines[:0:-1]], lines[:-1], [*lines, lines[-1]]):
+            file.write_text("".join(change), encoding="utf-8")
+            with pytest.raises(ConfigError, match=rf"data_fingerprint\.{name}: was '"):
+                finetune(config(opinions, tmp_path / "run", epochs=1, task=task))
+        file.write_text(content, encoding="utf-8")
 
 
 def test_two_ranks_share_the_work_and_agree_with_one(opinions: dict[str, Path], tmp_path: Path) -> None:

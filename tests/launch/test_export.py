@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -149,8 +150,8 @@ def die_at(event: str, name: str) -> None:
     [
         ("open", "/generation_config.json"),
         ("open", "/README.md"),
-        ("open", ".model.tmp/manifest.json"),
-        ("os.rename", "/.model.tmp"),
+        ("open", ".partial/manifest.json"),
+        ("os.rename", ".partial"),
     ],
 )
 def test_a_killed_export_leaves_nothing_under_its_name(event: str, name: str, run: Path, tmp_path: Path) -> None:
@@ -159,10 +160,30 @@ def test_a_killed_export_leaves_nothing_under_its_name(event: str, name: str, ru
         words, num_ranks=1, log_dir=tmp_path / "logs", hook=die_at, hook_arguments={"event": event, "name": name}
     ) as group:
         assert group.wait() == [-signal.SIGKILL]
-    assert sorted(os.listdir(tmp_path)) == [".model.tmp", "logs"]
+    left, logs = sorted(os.listdir(tmp_path))
+    assert re.fullmatch(r"\.model\..*\.partial", left)
+    assert logs == "logs"
     assert main(words) == 0
     verify_folder(tmp_path / "model")
     assert sorted(os.listdir(tmp_path)) == ["logs", "model"]
+
+
+def test_two_exports_to_one_folder(run: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins and ends while the first writes: the first is refused, and neither touches what the other makes."""
+    load = export.load_tokenizer_of
+    codes = []
+
+    def export_meanwhile(checkpoint: Path) -> Any:
+        monkeypatch.setattr(export, "load_tokenizer_of", load)
+        codes.append(said("export", run, "--out", tmp_path / "model")[0])
+        return load(checkpoint)
+
+    monkeypatch.setattr(export, "load_tokenizer_of", export_meanwhile)
+    code, _, err = said("export", run, "--out", tmp_path / "model")
+    assert (codes, code) == ([0], 2)
+    assert "cannot be written (Directory not empty)" in err
+    verify_folder(tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
 
 
 @pytest.fixture

@@ -65,6 +65,9 @@ def test_what_a_kill_left_is_removed_and_its_length_told(folder: Path, caplog: p
 
 def test_a_checkpoint_that_was_to_be_replaced_gets_its_name_back(folder: Path) -> None:
     (folder / "step-00000003").rename(folder / ".step-00000003.replaced")
+    assert newest_good_checkpoint(folder) == folder / "step-00000002"  # nothing is changed by looking
+    assert len(list_checkpoints(folder)) == 2
+    remove_unfinished(folder)
     assert newest_good_checkpoint(folder) == folder / "step-00000003"
     (folder / ".step-00000003.replaced").mkdir()
     remove_unfinished(folder)
@@ -72,13 +75,28 @@ def test_a_checkpoint_that_was_to_be_replaced_gets_its_name_back(folder: Path) -
 
 
 def test_newer_ones_are_set_aside_for_good(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert [path.name for path in set_aside_newer(folder, 1)] == ["step-00000002.abandoned", "step-00000003.abandoned"]
+    assert [path.name for path in set_aside_newer(folder, 1)] == ["step-00000003.abandoned", "step-00000002.abandoned"]
     assert newest_good_checkpoint(folder) == folder / "step-00000001"
     for message in caplog.messages:
         documented(message)
     save(folder, tiny_backend(), 2)
     assert [path.name for path in set_aside_newer(folder, 1)] == ["step-00000002.abandoned.2"]
     assert set_aside_newer(folder, 1) == []
+
+
+def test_newer_ones_that_a_kill_leaves_are_the_older_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename_once_and_die(source: Path, target: Path) -> None:
+        monkeypatch.undo()
+        os.rename(source, target)
+        monkeypatch.setattr(os, "rename", die)
+
+    def die(*names: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", rename_once_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        set_aside_newer(folder, 1)
+    assert newest_good_checkpoint(folder) == folder / "step-00000002"
 
 
 def test_room_for_two(tmp_path: Path) -> None:

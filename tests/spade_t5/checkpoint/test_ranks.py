@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from spade_t5.checkpoint import (
     verify_checkpoint,
     writing,
 )
-from spade_t5.errors import DataError, SaveError
+from spade_t5.errors import DataError, RunAbortedError, SaveError
 from spade_t5.testing import documented
 from spade_t5.testing.checkpoints import KEEP_ALL, save, tiny_backend, train
 from spade_t5.testing.ranks import call_on_ranks
@@ -151,7 +152,7 @@ def test_a_failure_of_one_rank_is_that_of_all(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["step-00000001", "step-00000003"]
 
 
-def lose_rank_1(folder: str, log_dir: str) -> str | None:
+def lose_rank_1(folder: str, log_dir: str) -> str:
     """Rank 1 ends while it writes; returns what rank 0 says."""
     start_processes()
     backend = tiny_backend(zero_stage=1)
@@ -160,11 +161,10 @@ def lose_rank_1(folder: str, log_dir: str) -> str | None:
         Path(log_dir, "rank-1.json").write_text("null")
         writing.write_tensors = end_here
     writer.save(take_snapshot(backend, step=1, facts={}))
-    try:
+    with pytest.raises(RunAbortedError) as caught:
         writer.wait()
-    except SaveError as error:
-        return str(error)
-    return None
+    assert not isinstance(caught.value, SaveError)
+    return str(caught.value)
 
 
 def end_here(path: Path, tensors: Any) -> Any:
@@ -178,6 +178,115 @@ def test_a_rank_that_is_gone(tmp_path: Path) -> None:
     assert "the ranks lost each other" in message
     documented(message)
     assert newest_good_checkpoint(folder) is None
+
+
+def lag(folder: str, stage: str) -> list[str]:
+    """One rank takes longer than the others wait for it, in its part of writing or of publishing; returns what two saves say."""
+    start_processes()
+    backend = tiny_backend(zero_stage=1)
+    others_are_gone, slow_rank = Path(folder, "gone"), 1 if stage == "write" else 0
+
+    def linger(*_: Any) -> dict[str, Any]:
+        if distributed.rank() == slow_rank:
+            for _ in range(6000):
+                if others_are_gone.exists():
+                    break
+                time.sleep(0.01)
+        return {}
+
+    def linger_and_fail(path: Path, tensors: Any) -> Any:
+        linger()
+        broken_disk(path, tensors)
+
+    if stage == "write" and distributed.rank() == slow_rank:
+        writing.write_tensors = linger_and_fail
+    checkpoints = Path(folder, "checkpoints")
+    writer = CheckpointSaver(
+        checkpoints, KEEP_ALL, before_publishing=linger if stage == "publish" else None, timeout_seconds=1
+    )
+    messages = []
+    for step in (1, 2):
+        writer.save(take_snapshot(backend, step=step, facts={}))
+        with pytest.raises(RunAbortedError) as caught:
+            writer.wait()
+        assert not isinstance(caught.value, SaveError)  # which would be tried again
+        messages.append(str(caught.value))
+        if distributed.rank() != slow_rank:
+            others_are_gone.touch()
+    writer.close()
+    return messages
+
+
+@pytest.mark.parametrize("stage", ["write", "publish"])
+def test_ranks_that_lost_each_other_end_the_run(stage: str, tmp_path: Path) -> None:
+    """Their group stays broken, so that retrying would train on and never save again."""
+    arguments = {"folder": str(tmp_path), "stage": stage}
+    ranks = call_on_ranks(lag, arguments, num_ranks=2, log_dir=tmp_path / "logs")
+    for first, second in ranks:
+        documented(first)
+        documented(second)
+        assert first.count("the checkpoint of step 1") == 1
+        assert "the ranks lost each other" in first
+        assert "step 2 was not written: the ranks lost each other" in second
+    is_written = (tmp_path / "checkpoints" / "step-00000001").exists()
+    assert is_written == (stage == "publish")
+    if is_written:
+        verify_checkpoint(tmp_path / "checkpoints" / "step-00000001")
+        assert all("step 1 may or may not have been written" in first for first, _ in ranks)
+    else:
+        assert "Input/output error" in ranks[1][0]
+
+
+def break_a_moment(folder: str, state: str) -> str:
+    """A value of rank 1's shard of the optimizer is no number any more; returns what this rank says."""
+    start_processes()
+    backend = tiny_backend(zero_stage=2)
+    train(backend, [1])
+    save(Path(folder), backend, 1)
+    if distributed.rank() == 1:
+        fragment = backend.fragments()[0]
+        with torch.no_grad():
+            backend.optimizer.state[fragment.flat][state].view(-1)[fragment.start] = float("nan")
+    with pytest.raises(SaveError) as caught:
+        save(Path(folder), backend, 2)
+    distributed.shutdown()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("state", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_of_one_shard_that_is_not_finite_is_saved_by_no_rank(state: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    arguments = {"folder": str(folder), "state": state}
+    first, second = call_on_ranks(break_a_moment, arguments, num_ranks=2, log_dir=tmp_path / "logs")
+    assert first == second
+    assert f"step 2 was not written: {state}/" in first
+    assert "holds numbers that are not finite" in first
+    documented(first)
+    assert os.listdir(folder) == ["step-00000001"]
+    verify_checkpoint(folder / "step-00000001")
+
+
+def time_a_save(folder: str) -> list[dict[str, Any]]:
+    """Rank 1 begins half a second late; returns the report."""
+    start_processes()
+    backend = tiny_backend(zero_stage=1)
+    writer = CheckpointSaver(Path(folder), KEEP_ALL)
+    taken = take_snapshot(backend, step=1, facts={})
+    if distributed.rank() == 1:
+        time.sleep(0.5)
+    writer.save(taken)
+    report = writer.wait()
+    writer.close()
+    distributed.shutdown()
+    assert report is not None
+    return [report.as_json()]
+
+
+def test_times_are_those_of_the_slowest_rank(tmp_path: Path) -> None:
+    arguments = {"folder": str(tmp_path / "checkpoints")}
+    first, second = call_on_ranks(time_a_save, arguments, num_ranks=2, log_dir=tmp_path / "logs")
+    assert first == second
+    assert first[0]["write_seconds"] > 0.4
 
 
 @pytest.fixture

@@ -45,6 +45,15 @@ def test_model_card_tells_data_tokens_and_scores(tmp_path: Path) -> None:
         assert text in card
 
 
+def test_model_card_of_a_run_whose_last_evaluation_overflowed(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 600, "split": "validation", "loss": 2.5}',
+        '{"step": 1200, "split": "validation", "loss": null}',
+    ]
+    (tmp_path / METRICS_FILE).write_text("\n".join(lines) + "\n")
+    assert "- held-out loss: not finite at step 1,200" in model_card(STATE, tmp_path, 1)
+
+
 def test_model_card_of_a_run_without_metrics(tmp_path: Path) -> None:
     pretrained = {**STATE, "model_class": "SpadeT5ForConditionalGeneration", "initialised_from": None}
     card = model_card(pretrained, tmp_path, 1_000_000)

@@ -45,7 +45,7 @@ FINETUNE = to_mapping(
             "training": TRAINING,
         },
     )
-) | {"tokenizer_hash": "abc", "data_fingerprint": {"train": "123"}}
+) | {"tokenizer_hash": "abc", "data_fingerprint": {"train": "123", "held_out": "456"}}
 
 
 def settings_of(hint: Any, prefix: str) -> Iterator[str]:
@@ -75,7 +75,13 @@ def test_every_setting_is_in_a_list_and_every_entry_is_a_setting() -> None:
     assert not unlisted, "say in settings.py what a resumed run may do about them"
     entries = [*FREE, *ON_REQUEST, *FIXED]
     assert len(set(entries)) == len(entries)
-    written = {"tokenizer_hash", "data_fingerprint", "model.init_from", "model.dropout_rate"}
+    written = {
+        "tokenizer_hash",
+        "data_fingerprint",
+        "data_fingerprint.held_out",
+        "model.init_from",
+        "model.dropout_rate",
+    }
     assert not [
         name
         for name in entries
@@ -154,9 +160,10 @@ EXPECTED = {
     Kind.FREE: """run_dir data.store data.staging_dir evaluation.max_examples task.source.path training.micro_batch_rows training.deepspeed.zero_stage
         training.log_every_steps training.save_every_steps training.keep_best training.loader_workers training.timeouts.step_seconds""",
     Kind.ON_REQUEST: """training.optimizer.learning_rate training.optimizer.beta2 training.optimizer.weight_decay training.schedule.warmup_steps
-        training.schedule.name training.global_batch_rows training.clip_norm training.ema_decay training.steps loss.z_loss""",
+        training.schedule.name training.global_batch_rows training.clip_norm training.ema_decay training.steps loss.z_loss
+        data_fingerprint.held_out""",
     Kind.FIXED: """model.vocab_size model.d_model model.num_layers tokenizer_hash objective.mean_noise_span_length objective.inputs_length
-        data_fingerprint.stores training.seed training.precision training.optimizer.name task.name mode rows.packing max_train_examples""",
+        data_fingerprint.stores data_fingerprint.train training.seed training.precision training.optimizer.name task.name mode rows.packing max_train_examples""",
 }
 
 
