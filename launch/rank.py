@@ -10,6 +10,7 @@ import runpy
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 FOLDER_VARIABLE = "SPADE_T5_RANK_FOLDER"
 """Folder of this machine and attempt: process ids of the ranks, and how they ended."""
@@ -18,7 +19,13 @@ LOGS_VARIABLE = "SPADE_T5_RANK_LOGS"
 LAUNCHER_VARIABLE = "SPADE_T5_LAUNCHER_PID"
 """Process id of the launcher, whose child torchrun is, whose children the ranks are."""
 
+ATTEMPT_VARIABLE = "SPADE_T5_ATTEMPT"
+"""How often the launcher has started the ranks again."""
+BEGAN_VARIABLE = "SPADE_T5_BEGAN"
+"""When the launcher began, by the monotonic clock of this machine in seconds."""
+
 PR_SET_PDEATHSIG = 1
+EXIT_STOPPED = 75
 
 
 def output_files(logs: Path, rank: int) -> tuple[Path, Path]:
@@ -50,11 +57,16 @@ def die_with(process: int, *, as_grandparent: bool = False) -> None:
         os._exit(1)
 
 
+def _stop_early(number: int, frame: FrameType | None) -> None:
+    """A request to stop while the rank imports its modules."""
+    os._exit(EXIT_STOPPED)
+
+
 def main() -> None:
     """Begins a rank."""
     # torchrun ignores these, so that a scheduler that signals every process does not break it off; what is ignored is inherited.
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, _stop_early)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     die_with(int(os.environ[LAUNCHER_VARIABLE]), as_grandparent=True)
     rank = int(os.environ["RANK"])

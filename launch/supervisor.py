@@ -6,6 +6,8 @@ dies takes what it started with it: torchrun asks the kernel to be killed with t
 """
 
 import ctypes
+import fcntl
+import itertools
 import os
 import re
 import shlex
@@ -16,13 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from spade_t5.checkpoint import list_checkpoints
+from spade_t5.errors import ConfigError
 from spade_t5.launch import rank as rank_script
 from spade_t5.training.outcome import Outcome, read_outcomes
 from spade_t5.training.stopping import EXIT_STOPPED, SAME_REQUEST_SECONDS, SIGNALS
@@ -33,6 +36,10 @@ EXIT_USER_ERROR = 2
 POLL_SECONDS = 0.1
 REST_SECONDS = 10.0
 """How long the other ranks have to end once one has failed; they cannot go on, and have nothing to save."""
+STATE_PREFIX = "spade-t5-launch-"
+"""Of the temporary folders of launchers."""
+YOUNG_SECONDS = 60.0
+"""A temporary folder may be so old without being locked by its launcher yet."""
 SECOND_REQUEST_SECONDS = 4.0
 """How long ranks have to end after a second request to stop."""
 
@@ -57,7 +64,7 @@ class Launch:
     run_dir: Path
     """Folder of the run, in which new checkpoints show that it gets on."""
     logs: Path
-    """Folder of the ranks' output."""
+    """Folder in which each launch makes one of its own for the ranks' output."""
     max_restarts: int
     """Starts after a fault without a new checkpoint in between."""
     grace_seconds: float
@@ -89,30 +96,58 @@ def torchrun_words(launch: Launch, folder: Path) -> list[str]:
 def describe(launch: Launch) -> str:
     """The command and its environment, to be shown instead of started."""
     folder = Path(tempfile.gettempdir()) / "FOLDER"
-    variables = [f"{name}={shlex.quote(value)}" for name, value in _own_variables(launch, folder).items()]
+    start = Start(folder=folder, logs=launch.logs, attempt=0, began=time.monotonic())
+    variables = [f"{name}={shlex.quote(value)}" for name, value in _own_variables(launch, start).items()]
     return " \\\n  ".join([*variables, shlex.join(torchrun_words(launch, folder))])
 
 
+class Start(NamedTuple):
+    """What one start of the ranks has of its own."""
+
+    folder: Path
+    """Temporary folder, in which ranks tell their process ids and how they ended."""
+    logs: Path
+    """Folder of the ranks' output, of this launch alone."""
+    attempt: int
+    """Starts before this one."""
+    began: float
+    """When the launcher began, by the monotonic clock in seconds."""
+
+
 def supervise(launch: Launch) -> int:
-    """Runs the ranks to their end, over faults, and returns the exit code; what happened is written to the standard error."""
-    restarts = 0
+    """Runs the ranks to their end, over faults, and returns the exit code; what happened is written to the standard error.
+
+    Raises:
+        ConfigError: the folder of the ranks' output cannot be made.
+    """
+    began, restarts = time.monotonic(), 0
+    _remove_left_folders()
+    logs = _make_logs(launch.logs)
+    run_folder = _identity(launch.run_dir)
     with _Stop() as stop:
-        while True:
+        for attempt in itertools.count():
             newest = _newest_checkpoint(launch.run_dir)
-            with tempfile.TemporaryDirectory(prefix="spade-t5-") as folder:
-                ending = _Group(launch, Path(folder), stop).run()
+            with _state_folder() as folder:
+                ending = _Group(launch, Start(folder, logs, attempt, began), stop).run()
             if ending.message:
                 _say(ending.message)
+            if ending.code == EXIT_USER_ERROR and attempt == 0:  # a refused run leaves its folder as it was
+                shutil.rmtree(logs, ignore_errors=True)
             if ending.code != EXIT_FAULT or stop.is_requested:
                 return ending.code
-            restarts = 0 if _newest_checkpoint(launch.run_dir) != newest else restarts
-            if restarts == launch.max_restarts:
+            newest_now = _newest_checkpoint(launch.run_dir)
+            if _identity(launch.run_dir) != run_folder or (newest is not None and newest_now is None):
                 _say(
-                    f"giving up after --max-restarts {restarts} without a new checkpoint; the logs are in {launch.logs}"
+                    f"the run folder or its checkpoints are gone: {launch.run_dir}; see what removed them, nothing is started again"
                 )
+                return EXIT_FAULT
+            restarts = 0 if newest_now != newest else restarts
+            if restarts == launch.max_restarts:
+                _say(f"giving up after --max-restarts {restarts} without a new checkpoint; the logs are in {logs}")
                 return EXIT_FAULT
             restarts += 1
             _say(f"starting again, {restarts} of {launch.max_restarts} without a new checkpoint")
+    raise AssertionError("the loop ends by returning")
 
 
 class _Stop:
@@ -124,7 +159,10 @@ class _Stop:
         self.second_at: float | None = None
 
     def __enter__(self) -> "_Stop":
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        numbers = [*SIGNALS]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -138,7 +176,9 @@ class _Stop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signal is None:
-            self.signal, self.at = signal.Signals(number), now
+            # The ranks have no terminal that could go, so they know no SIGHUP.
+            self.signal = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+            self.at = now
         elif now - self.at > SAME_REQUEST_SECONDS and self.second_at is None:
             self.second_at = now
 
@@ -146,26 +186,31 @@ class _Stop:
 class _Group:
     """One start of torchrun and its ranks."""
 
-    def __init__(self, launch: Launch, folder: Path, stop: _Stop) -> None:
+    def __init__(self, launch: Launch, start: Start, stop: _Stop) -> None:
         self._launch = launch
-        self._folder = folder
+        self._own = start
         self._stop = stop
+        self._pids: dict[int, int] = {}
         self._asked: dict[int, int] = {}
         self._is_out_of_grace = False
-        self._agent_log = launch.logs / "torchrun.log"
-        launch.logs.mkdir(parents=True, exist_ok=True)
+        self._agent_log = start.logs / "torchrun.log"
 
     def run(self) -> Ending:
         """Runs it to its end."""
-        with self._shown_output() as show:
+        with ExitStack() as stack:
+            # Open all the time, for somebody may remove the folder.
+            self._agent_output = stack.enter_context(self._agent_log.open("a+b"))
+            self._agent_output_start = self._agent_output.seek(0, os.SEEK_END)
+            show = stack.enter_context(self._shown_output())
             self._agent = self._start()
             while self._agent.poll() is None:
+                self._note_pids()
                 self._pass_on_requests()
                 show()
                 time.sleep(POLL_SECONDS)
             self._wait_for_ranks()
             show()
-        return self._ending()
+            return self._ending()
 
     def _start(self) -> subprocess.Popen[bytes]:
         launcher = os.getpid()
@@ -179,23 +224,26 @@ class _Group:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
 
-        with self._agent_log.open("ab") as log:
-            self._agent_log_start = log.tell()
-            return subprocess.Popen(
-                torchrun_words(self._launch, self._folder),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **_own_variables(self._launch, self._folder)},
-                preexec_fn=begin,
-                start_new_session=True,  # a terminal's Ctrl-C comes here only
-            )
+        return subprocess.Popen(
+            torchrun_words(self._launch, self._own.folder),
+            stdin=subprocess.DEVNULL,
+            stdout=self._agent_output,
+            stderr=self._agent_output,
+            env={**os.environ, **_own_variables(self._launch, self._own)},
+            preexec_fn=begin,
+            start_new_session=True,  # a terminal's Ctrl-C comes here only
+        )
+
+    def _note_pids(self) -> None:
+        """Learns the process ids of ranks that have begun, and keeps them: what is temporary may be cleared away during a long run."""
+        if len(self._pids) < self._launch.num_ranks:
+            for path in self._own.folder.glob("rank-*.pid"):
+                with suppress(OSError, ValueError):
+                    self._pids[int(path.stem.removeprefix("rank-"))] = int(path.read_text())
 
     def _ranks(self) -> dict[int, int]:
         """Process ids of the ranks that run."""
-        ranks = {int(path.stem.removeprefix("rank-")): path for path in self._folder.glob("rank-*.pid")}
-        pids = {rank: int(text) for rank, path in ranks.items() if (text := path.read_text())}
-        return {rank: pid for rank, pid in pids.items() if rank_script.parent_of(pid) == self._agent.pid}
+        return {rank: pid for rank, pid in self._pids.items() if rank_script.parent_of(pid) == self._agent.pid}
 
     def _pass_on_requests(self) -> None:
         """Asks ranks to stop that were not asked yet; ends them when the time for it is over."""
@@ -206,7 +254,8 @@ class _Group:
         for rank, pid in self._ranks().items():
             if self._asked.get(rank, 0) < times:
                 self._asked[rank] = times
-                os.kill(pid, stop.signal)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, stop.signal)
         now = time.monotonic()
         self._is_out_of_grace = now > stop.at + self._launch.grace_seconds
         if self._is_out_of_grace or (stop.second_at is not None and now > stop.second_at + SECOND_REQUEST_SECONDS):
@@ -214,31 +263,35 @@ class _Group:
 
     def _wait_for_ranks(self) -> None:
         """Waits until the kernel has ended what torchrun left."""
-        pids = [int(text) for path in self._folder.glob("rank-*.pid") if (text := path.read_text())]
+        self._note_pids()
         deadline = time.monotonic() + REST_SECONDS
-        while any(rank_script.parent_of(pid) is not None for pid in pids) and time.monotonic() < deadline:
+        while (
+            any(rank_script.parent_of(pid) is not None for pid in self._pids.values()) and time.monotonic() < deadline
+        ):
             time.sleep(POLL_SECONDS / 10)
 
     @contextmanager
     def _shown_output(self) -> Iterator[Callable[[], None]]:
         """Gives a function that shows what the main rank, if it is here, has written since the last call."""
-        paths = rank_script.output_files(self._launch.logs, 0)
-        places = [path.stat().st_size if path.exists() else 0 for path in paths]
-        sinks: list[BinaryIO] = [sys.stdout.buffer, sys.stderr.buffer]
+        with ExitStack() as stack:
+            # Where it is written, by stream: standard output and standard error, until nobody reads it.
+            shown = dict(zip((1, 2), rank_script.output_files(self._own.logs, 0), strict=True))
+            files = {}
+            for stream, path in shown.items():
+                files[stream] = stack.enter_context(path.open("a+b"))
+                files[stream].seek(0, os.SEEK_END)
 
-        def show() -> None:
-            for i, (path, sink) in enumerate(zip(paths, sinks, strict=True)):
-                if path.exists():
-                    with path.open("rb") as file:
-                        file.seek(places[i])
-                        shutil.copyfileobj(file, sink)
-                        places[i] = file.tell()
-                    sink.flush()
+            def show() -> None:
+                for stream, file in list(files.items()):
+                    while block := file.read(2**16):
+                        if not _write(stream, block):
+                            del files[stream]
+                            break
 
-        yield show
+            yield show
 
     def _ending(self) -> Ending:
-        outcomes = read_outcomes(self._folder)
+        outcomes = read_outcomes(self._own.folder)
         own = sorted((o for o in outcomes if not o.is_consequence), key=lambda outcome: outcome.seconds)
         failed = [outcome for outcome in own if outcome.code not in (0, EXIT_STOPPED)]
         if failed:
@@ -251,14 +304,26 @@ class _Group:
             )
         stopped = [outcome for outcome in own if outcome.code == EXIT_STOPPED]
         has_ended_well = self._agent.returncode == 0 and len(own) == self._launch.num_ranks
-        if stopped and (has_ended_well or self._stop.is_requested):
-            return Ending(EXIT_STOPPED, stopped[0].message)
-        if has_ended_well:
+        if has_ended_well and not stopped:
             return Ending(0, "")
-        # A rank that was asked twice ends at once, without a word to the others or to us.
-        if self._stop.is_requested or EXIT_STOPPED in self._reported_codes().values():
-            return Ending(EXIT_STOPPED, "stopped on request; start the same command again to go on")
+        if has_ended_well or self._stop.is_requested or self._did_one_stop_first(outcomes):
+            # A rank that was asked twice, or as it began, ends at once, without a word to the others or to us.
+            return Ending(
+                EXIT_STOPPED,
+                stopped[0].message if stopped else "stopped on request; start the same command again to go on",
+            )
         return Ending(EXIT_FAULT, self._silent_failure(outcomes))
+
+    def _did_one_stop_first(self, outcomes: list[Outcome]) -> bool:
+        """Whether what ended the ranks was that one of them was asked to stop: torchrun asks the others to, whatever became of the first."""
+        codes = self._reported_codes()
+        said = {outcome.rank for outcome in outcomes}
+        has_died = any(code not in (EXIT_STOPPED, -signal.SIGTERM) for rank, code in codes.items() if rank not in said)
+        if has_died or self._agent.returncode < 0:
+            return False
+        if outcomes and min(outcomes, key=lambda outcome: outcome.seconds).code != EXIT_STOPPED:
+            return EXIT_STOPPED in [code for rank, code in codes.items() if rank not in said]
+        return bool(outcomes) or EXIT_STOPPED in codes.values()
 
     def _failure(self, outcome: Outcome) -> Ending:
         if outcome.code == EXIT_USER_ERROR:
@@ -282,24 +347,71 @@ class _Group:
 
     def _reported_codes(self) -> dict[int, int]:
         """Exit codes by rank as torchrun's closing report has them, the first failure first; minus the signal that killed a rank."""
-        with self._agent_log.open("rb") as log:
-            log.seek(self._agent_log_start)
-            report = log.read().decode(errors="replace")
+        self._agent_output.seek(self._agent_output_start)
+        report = self._agent_output.read().decode(errors="replace")
         found = re.findall(r"^  rank +: (\d+).*\n  exitcode +: (-?\d+)", report, re.MULTILINE)
         return {int(rank): int(code) for rank, code in reversed(found)}
 
     def _log_of(self, rank: int) -> Path:
-        return rank_script.output_files(self._launch.logs, rank)[1]
+        return rank_script.output_files(self._own.logs, rank)[1]
 
 
-def _own_variables(launch: Launch, folder: Path) -> dict[str, str]:
+def _own_variables(launch: Launch, start: Start) -> dict[str, str]:
     return {
         **ENVIRONMENT,
         **launch.environment,
-        rank_script.FOLDER_VARIABLE: str(folder),
-        rank_script.LOGS_VARIABLE: str(launch.logs.absolute()),
+        rank_script.FOLDER_VARIABLE: str(start.folder),
+        rank_script.LOGS_VARIABLE: str(start.logs.absolute()),
+        rank_script.ATTEMPT_VARIABLE: str(start.attempt),
+        rank_script.BEGAN_VARIABLE: repr(start.began),
         rank_script.LAUNCHER_VARIABLE: str(os.getpid()),
     }
+
+
+def _make_logs(logs: Path) -> Path:
+    """Makes the folder of this launch's logs, which it shares with no other."""
+    folder = logs / f"launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.uname().nodename}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--log-dir: {folder} cannot be made ({error.strerror}); choose another folder") from None
+    return folder
+
+
+@contextmanager
+def _state_folder() -> Iterator[Path]:
+    """A temporary folder, locked: by that others see that its launcher lives, and systemd-tmpfiles lets it alone."""
+    with tempfile.TemporaryDirectory(prefix=STATE_PREFIX, ignore_cleanup_errors=True) as name:
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_left_folders() -> None:
+    """Removes the temporary folders of launchers that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{STATE_PREFIX}*"):
+        with suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < YOUNG_SECONDS:
+                continue
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
+
+
+def _identity(folder: Path) -> int | None:
+    """A number that a folder made anew under the same name does not have; None if it is gone."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def _newest_checkpoint(run_dir: Path) -> str | None:
@@ -312,4 +424,14 @@ def _signal_name(number: int) -> str:
 
 
 def _say(message: str) -> None:
-    print(f"spade-t5 launch: {message}", file=sys.stderr, flush=True)
+    _write(2, f"spade-t5 launch: {message}\n".encode(errors="backslashreplace"))
+
+
+def _write(stream: int, block: bytes) -> bool:
+    """Writes to the standard output or error; whether it can still be written: its reader, or the terminal, may be gone."""
+    try:
+        while block:
+            block = block[os.write(stream, block) :]
+    except OSError:
+        return False
+    return True

@@ -57,18 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(describe(launch))
         return 0
     made = make_folder(run_dir)
-    before = set(logs.glob("*"))
-    code = supervise(launch)
-    if code == EXIT_USER_ERROR:  # a refused run leaves its folder as it was
-        for path in set(logs.glob("*")) - before:
-            path.unlink()
-        remove_empty([logs, *made])
+    code = EXIT_USER_ERROR
+    try:
+        code = supervise(launch)
+    finally:
+        if code == EXIT_USER_ERROR:  # a refused run leaves nothing behind
+            remove_empty([logs, *made])
     return code
 
 
 def _check(arguments: argparse.Namespace) -> None:
     for name, least in (("nproc_per_node", 1), ("max_restarts", 0), ("grace", 1)):
-        if getattr(arguments, name) < least:
+        if not getattr(arguments, name) >= least:  # nan is neither
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(arguments, name):g} must be at least {least}")
     if arguments.words[0] not in COMMANDS:
         raise ConfigError(f"{arguments.words[0]}: only {' and '.join(COMMANDS)} run on several processes")

@@ -12,13 +12,15 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from spade_t5.errors import ConfigError
+from spade_t5.errors import ConfigError, RunAbortedError
+from spade_t5.messages import shown
 
 PR_SET_PDEATHSIG = 1
 DEFAULT_TIMEOUT_SECONDS = 1800.0
@@ -152,10 +154,12 @@ def join(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
         timeout_seconds: how long a collective waits for a rank before it fails.
 
     Raises:
-        ConfigError: the port at which ranks meet is in use.
+        ConfigError: the variables that say where ranks meet are missing, or the port is in use.
+        RunAbortedError: the port that torchrun chose is in use by now.
     """
     if launched_world_size() == 1 or dist.is_initialized():
         return
+    _check_place()
     if torch.cuda.is_available():
         # NCCL notes its last collectives in a ring of this many entries, which the watchdog writes to a file when a rank hangs.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -164,6 +168,17 @@ def join(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
     if _meets_on_loopback():
         place = {"store": _loopback_store(timeout), "rank": rank(), "world_size": launched_world_size()}
     dist.init_process_group(backend_name(), timeout=timeout, **place)
+
+
+def _check_place() -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name)
+        if not value:
+            raise ConfigError(
+                f"{name}: not set, but WORLD_SIZE is {launched_world_size()}; set it, unset WORLD_SIZE, or start the ranks by spade-t5 launch"
+            )
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise ConfigError(f"{name}: {shown(value)} is not a number; set it, or start the ranks by spade-t5 launch")
 
 
 def _meets_on_loopback() -> bool:
@@ -185,6 +200,12 @@ def _loopback_store(timeout: timedelta) -> dist.TCPStore:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.create_server((address, port), family=family)
     except OSError as error:
+        if (
+            "TORCHELASTIC_RUN_ID" in os.environ
+        ):  # torchrun chose one that was free, and another program has taken it since
+            raise RunAbortedError(
+                f"MASTER_PORT: {address}:{port} cannot be opened ({error.strerror}); start again"
+            ) from None
         raise ConfigError(
             f"MASTER_PORT: {address}:{port} cannot be opened ({error.strerror}); choose another port, or let spade-t5 launch choose one"
         ) from None
@@ -218,11 +239,13 @@ def shutdown() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends a rank at once, its work being done and its output written.
+    """Ends a process at once, its work being done and its output written.
 
     At the interpreter's own shutdown, threads of gloo groups that something still refers to abort the process now and then
-    ("terminate called without an active exception"), and the launcher takes that for a failure.
+    ("terminate called without an active exception"), and the launcher takes that for a failure. And it waits for loader processes,
+    which may be stuck in storage that does not answer; as they end with their rank, nobody has to.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # whoever read it is gone
+            stream.flush()
     os._exit(code)

@@ -5,8 +5,10 @@ dies, the others fail in the middle of a collective. So every rank says in a fil
 """
 
 import json
+import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def record_outcomes_in(folder: Path) -> None:
 
 
 def record_outcome(code: int, message: str, *, is_consequence: bool = False) -> None:
-    """Says how this process ends; the first time counts, and without a folder nothing is written."""
+    """Says how this process ends; the first time counts. Without a folder, or one that can be written, nothing is written."""
     global _is_recorded
     if _folder is None or _is_recorded:
         return
@@ -56,8 +58,19 @@ def record_outcome(code: int, message: str, *, is_consequence: bool = False) -> 
     )
     path = _folder / f"rank-{rank}.json"
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
-    os.replace(unfinished, path)
+    with suppress(OSError):
+        unfinished.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+        os.replace(unfinished, path)
+
+
+def log_outcome(logger: logging.Logger, message: str) -> None:
+    """Logs a message that `record_outcome` was given too, so that it is shown once."""
+    logger.error("%s", message, extra={"is_outcome": True})
+
+
+def is_outcome(record: logging.LogRecord) -> bool:
+    """Whether a record was made by `log_outcome`."""
+    return getattr(record, "is_outcome", False)
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:

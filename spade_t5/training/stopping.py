@@ -1,4 +1,7 @@
-"""What asks a run to stop: signals, and the clock."""
+"""What asks a run to stop: signals, and the clock.
+
+While it trains a request is a flag, which all ranks look at together; before and after, it breaks off whatever the process does.
+"""
 
 import logging
 import os
@@ -7,6 +10,8 @@ import time
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
+from spade_t5.errors import StopRequestedError
+
 logger = logging.getLogger("spade_t5")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -14,7 +19,47 @@ SAME_REQUEST_SECONDS = 1.0
 """Signals so close together are one request: a scheduler and a launcher may both deliver it."""
 EXIT_STOPPED = 75
 
-_STARTED = time.monotonic()
+_began = time.monotonic()
+
+
+def count_wall_seconds_from(began: float) -> None:
+    """Lets `max_wall_seconds` count from an earlier moment than the start of this process, by the monotonic clock of this machine."""
+    global _began
+    _began = began
+
+
+class BrokenOffError(StopRequestedError):
+    """The process was asked to stop where it did not train; other ranks need not know of it."""
+
+
+class InterruptingStops:
+    """Raises `BrokenOffError` in the main thread at SIGTERM or SIGUSR1, while it is entered as a context.
+
+    A request during the way out that this begins, if it is another one, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._received_at: float | None = None
+
+    def __enter__(self) -> Self:
+        """Takes the signals over; only the main thread can."""
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._received_at is None:
+            self._received_at = now
+            raise BrokenOffError("stopped before or after training; start the same command again to go on")
+        if now - self._received_at > SAME_REQUEST_SECONDS:
+            _end_at_once(signal.Signals(number))
 
 
 class StopRequests:
@@ -24,8 +69,8 @@ class StopRequests:
     """
 
     def __init__(self, max_wall_seconds: float | None) -> None:
-        """`max_wall_seconds` counts from the start of the process; None: no limit."""
-        self._deadline = None if max_wall_seconds is None else _STARTED + max_wall_seconds
+        """`max_wall_seconds` counts from the start of the process, or of its launcher; None: no limit."""
+        self._deadline = None if max_wall_seconds is None else _began + max_wall_seconds
         self._received: tuple[signal.Signals, float] | None = None
 
     def __enter__(self) -> Self:

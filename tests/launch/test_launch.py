@@ -107,6 +107,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     return folder / "run"
 
 
+def launch_logs(run_dir: Path) -> Path:
+    """The only launch's folder of logs."""
+    (folder,) = (run_dir / "logs").glob("launch-*")
+    return folder
+
+
 def listening_addresses(processes: list[psutil.Process]) -> Iterator[str]:
     for process in processes:
         for connection in process.net_connections(kind="inet"):
@@ -117,7 +123,7 @@ def listening_addresses(processes: list[psutil.Process]) -> Iterator[str]:
 def test_the_run_goes_on_by_itself_after_a_killed_rank_and_a_killed_torchrun(
     recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    with Launched(recipe, tmp_path / "run") as launched:
+    with Launched(recipe, tmp_path / "run", "--resume", "none") as launched:
         launched.wait_for_steps(7)
         addresses = set(listening_addresses(launched.tree()))
         assert addresses == {"127.0.0.1"}
@@ -133,7 +139,7 @@ def test_the_run_goes_on_by_itself_after_a_killed_rank_and_a_killed_torchrun(
         assert_gone(before, 0)
         assert launched.wait() == 0, launched.stderr
     said = [line for line in launched.stderr.splitlines() if line.startswith("spade-t5 launch: ")]
-    log = output_files(tmp_path / "run" / "logs", 1)[1]
+    log = output_files(launch_logs(tmp_path / "run"), 1)[1]
     assert said[0] == f"spade-t5 launch: rank 1 was killed by SIGKILL; its log is {log}"
     assert said[2] == "spade-t5 launch: torchrun was killed by SIGKILL, and the ranks with it"
     for line in said[:3]:
@@ -231,7 +237,7 @@ def test_the_first_error_is_shown_and_starts_are_counted(max_restarts: int, reci
         env={"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])},
     )
     assert done.returncode == 1
-    logs = tmp_path / "run" / "logs"
+    logs = launch_logs(tmp_path / "run")
     said = [line for line in done.stderr.splitlines() if line.startswith("spade-t5 launch: ")]
     failure = f"spade-t5 launch: rank 1: RuntimeError: broken on purpose; its log is {logs / 'rank-00001.err'}"
     expected = [failure]
