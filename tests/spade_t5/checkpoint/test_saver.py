@@ -95,6 +95,26 @@ def test_training_goes_on_while_a_checkpoint_is_written(trained: Backend, gate: 
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_copies_of_a_gpu_are_pinned_and_complete(
+    trained: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a tensor takes several pinned blocks, and training changes it at once."""
+    monkeypatch.setattr("spade_t5.checkpoint.snapshot.PINNED_BLOCK_BYTES", 64)
+    before = trained.module.first.weight.detach().cpu().clone()  # type: ignore[union-attr]
+    taken = snapshot(trained, 1)
+    train(trained, [2])
+    parts = taken.files["rank-00000.safetensors"]["weight/first.weight"].parts
+    assert len(parts) > 1
+    assert all(part.is_pinned() for part in parts)
+    writer = CheckpointSaver(tmp_path, KEEP_ALL)
+    writer.save(taken)
+    report = writer.wait()
+    assert report is not None
+    assert torch.equal(read_weights(report.path)["first.weight"], before)
+
+
 def test_the_end_of_a_save_is_seen_without_waiting(trained: Backend, tmp_path: Path) -> None:
     writer = CheckpointSaver(tmp_path, KEEP_ALL)
     writer.save(snapshot(trained, 1))

@@ -95,6 +95,15 @@ def test_a_checkpoint_without_settings(tmp_path: Path) -> None:
     assert f"{path} does not say with which settings" in refused(tmp_path / "run", Resume(point=str(path)))
 
 
+def test_a_checkpoint_that_lost_its_name_has_it_back_in_the_own_folder_alone(run_dir: Path, tmp_path: Path) -> None:
+    """Another run may be going on, and just be putting a new one in its place."""
+    newest = run_dir / "checkpoints" / "step-00000002"
+    hidden = newest.rename(newest.with_name(".step-00000002.replaced"))
+    assert find_resume_point(tmp_path / "new", str(run_dir)) == newest.with_name("step-00000001")
+    assert hidden.exists()
+    assert find_resume_point(run_dir, "auto") == newest
+
+
 def test_none_never_overwrites_checkpoints(run_dir: Path, tmp_path: Path) -> None:
     assert find_resume_point(tmp_path / "new", "none") is None
     assert "already holds checkpoints; use another run_dir, or --resume auto" in refused(run_dir, Resume(point="none"))
