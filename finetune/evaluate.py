@@ -26,6 +26,7 @@ from spade_t5.hf.export import SCORES_FILE
 from spade_t5.hf.loading import find_checkpoint, load_config, load_model, load_tokenizer_of
 from spade_t5.modeling import SpadeT5ForConditionalGeneration, SpadeT5PreTrainedModel
 from spade_t5.training import distributed
+from spade_t5.training.agreement import write_on_main
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def evaluate_model(
         The scores, as written to `scores.json`.
 
     Raises:
-        ConfigError: there is no model, or its head or tokenizer does not fit the task.
+        ConfigError: there is no model, its head or tokenizer does not fit the task, or `out` cannot be written.
         DataError: the split is empty or has foreign labels.
     """
     has_head = saved_class(path) == SpadeT5ForSequenceClassification.__name__
@@ -140,12 +141,15 @@ def evaluate_model(
     if distributed.is_main():
         for line in score_lines(result.summary):
             logger.info("%s", line)
-    if out is not None and distributed.is_main():
-        lines = (json.dumps(record, ensure_ascii=False) for record in result.records)
-        write_text(out / "predictions" / f"{task.name}-{config.split}.jsonl", "".join(f"{line}\n" for line in lines))
-        write_text(out / SCORES_FILE, json.dumps(result.summary, indent=1) + "\n")
-    distributed.barrier()
+    if out is not None:
+        write_on_main("out", out, lambda: _write(result, out, f"{task.name}-{config.split}.jsonl"))
     return result.summary
+
+
+def _write(result: Evaluation, out: Path, predictions: str) -> None:
+    lines = (json.dumps(record, ensure_ascii=False) for record in result.records)
+    write_text(out / "predictions" / predictions, "".join(f"{line}\n" for line in lines))
+    write_text(out / SCORES_FILE, json.dumps(result.summary, indent=1) + "\n")
 
 
 def saved_class(path: str | Path) -> str:

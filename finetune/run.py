@@ -17,9 +17,9 @@ from spade_t5.finetune.predict import label_word_ids
 from spade_t5.finetune.rows import EncodedExamples, ExampleRows, RowsConfig, encode_examples, pack_examples
 from spade_t5.finetune.task import Task
 from spade_t5.hf.export import export_run
-from spade_t5.hf.tokenizer import tokenizer_hash
-from spade_t5.training import ClassificationObjective, Objective, Seq2SeqObjective, TrainingConfig, distributed
-from spade_t5.training.agreement import on_every_rank
+from spade_t5.hf.tokenizer import save_tokenizer, tokenizer_hash
+from spade_t5.training import ClassificationObjective, Objective, Seq2SeqObjective, TrainingConfig
+from spade_t5.training.agreement import on_every_rank, on_main
 from spade_t5.training.engine import Trainer, start
 from spade_t5.training.provenance import provenance
 from spade_t5.training.run_folder import AUTO, Resume, RunFolder, open_run_folder
@@ -78,7 +78,7 @@ def _finetune_in(folder: RunFolder, config: FinetuneConfig) -> None:
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "data_fingerprint": {"train": train.compute_fingerprint(), "held_out": held_out.compute_fingerprint()},
     }
-    folder.check_settings(resolved)
+    folder.check_settings(resolved, FinetuneConfig)
     exported = folder.path / "model"
     if folder.is_finished(training.steps) and exported.is_dir():
         logger.info(
@@ -87,9 +87,8 @@ def _finetune_in(folder: RunFolder, config: FinetuneConfig) -> None:
         return
     model = on_every_rank(lambda: initial_model(config, task, tokenizer))
     folder.begin(resolved)
-    if distributed.is_main():
-        shutil.rmtree(exported, ignore_errors=True)  # of this run, before it goes on: what is there later is of its end
-        tokenizer.save_pretrained(folder.path / "tokenizer")
+    folder.write(lambda: _remove(exported))  # of this run, before it goes on: what is there later is of its end
+    folder.write(lambda: save_tokenizer(tokenizer, folder.path / "tokenizer"))
     objective: Objective = (
         Seq2SeqObjective(config.loss) if head_outputs is None else ClassificationObjective(head_outputs)
     )
@@ -114,8 +113,12 @@ def _finetune_in(folder: RunFolder, config: FinetuneConfig) -> None:
         trainer.resume(folder.resume_from, is_verified=True)
     trainer.fit()
     evaluate_model(folder.path, task, config=config.evaluation, rows=config.rows, out=folder.path)
-    if distributed.is_main():
-        export_run(folder.path, exported)
+    on_main(lambda: export_run(folder.path, exported))
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def make_rows(examples: EncodedExamples, config: RowsConfig, task: Task, seed: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 from spade_t5.config import to_mapping
 from spade_t5.errors import ConfigError
 from spade_t5.hf.loading import build_model, load_model, resolve_model_config
-from spade_t5.hf.tokenizer import check_vocabulary, model_vocab_size, tokenizer_hash
+from spade_t5.hf.tokenizer import check_vocabulary, model_vocab_size, save_tokenizer, tokenizer_hash
 from spade_t5.layers.head import TokenLossConfig
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
 from spade_t5.pretrain.data import StoreData
@@ -75,7 +75,7 @@ def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "data_fingerprint": data.fingerprint,
     }
-    folder.check_settings(resolved)
+    folder.check_settings(resolved, PretrainConfig)
     if folder.is_finished(config.training.steps):
         logger.info("nothing to do: %s is the last checkpoint of this run", folder.resume_from)
         return
@@ -85,8 +85,7 @@ def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
     else:
         model = build_model(SpadeT5ForConditionalGeneration, model_config, seed=config.training.seed)
     folder.begin(resolved)
-    if distributed.is_main():
-        tokenizer.save_pretrained(folder.path / "tokenizer")
+    folder.write(lambda: save_tokenizer(tokenizer, folder.path / "tokenizer"))
     trainer = Trainer(
         model=model,
         objective=Seq2SeqObjective(config.loss, data.groups),

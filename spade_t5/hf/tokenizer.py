@@ -10,6 +10,7 @@ pieces), and any others above them in ascending order (`<extra_id_100>` is 32100
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,21 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
         content.pop(setting, None)
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the library's own code in Rust raises nothing narrower
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

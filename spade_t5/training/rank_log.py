@@ -18,6 +18,7 @@ from spade_t5.messages import OneLineFormatter
 from spade_t5.training import distributed
 
 _MAX_RECORDS_IN_MEMORY = 10_000
+_EXPECTED = (UserError, RunAbortedError, StopRequestedError)
 
 
 class LogFile(logging.FileHandler):
@@ -63,8 +64,12 @@ class RankLog:
         return self
 
     def open_file(self) -> None:
-        """Writes what was kept in memory to the file, and everything from now on."""
-        self._path.parent.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        """Writes what was kept in memory to the file, and everything from now on.
+
+        Raises:
+            OSError: it cannot be written, or the run folder is gone.
+        """
+        self._path.parent.mkdir(FOLDER_MODE, exist_ok=True)
         self._file = LogFile(self._path)
         assert self._file.stream is not None, "it is opened at once"
         faulthandler.enable(self._file.stream)
@@ -77,9 +82,10 @@ class RankLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Writes how this rank ended, a fault of the program with its traceback, and closes the file."""
-        is_fault = isinstance(error, Exception) and not isinstance(error, UserError)
+        is_fault = isinstance(error, Exception) and not isinstance(error, _EXPECTED)
         if is_fault and self._file is None:
-            self.open_file()
+            with contextlib.suppress(OSError):  # which would stand in the place of the fault
+                self.open_file()
         if self._file is not None:
             if error is not None:
                 self._file.handle(_last_record(error))
@@ -92,7 +98,7 @@ class RankLog:
 
 
 def _last_record(error: BaseException) -> logging.LogRecord:
-    is_expected = isinstance(error, (UserError, RunAbortedError, StopRequestedError))
+    is_expected = isinstance(error, _EXPECTED)
     level = logging.INFO if isinstance(error, StopRequestedError) else logging.ERROR
     return logging.makeLogRecord(
         {

@@ -5,12 +5,13 @@ ON_REQUEST ones change what is learned from here on; a change needs `--allow-cha
 states or the place in the data mean; they stay. What is in no list counts as fixed.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from spade_t5.config import ConfigDict
+from spade_t5.config import ConfigDict, from_mapping, to_mapping
 from spade_t5.errors import ConfigError
 from spade_t5.messages import shown
 
@@ -95,6 +96,21 @@ def kind_of(key: str) -> Kind:
 
 
 _LISTS = ((Kind.FREE, FREE), (Kind.ON_REQUEST, ON_REQUEST), (Kind.FIXED, FIXED))
+
+
+def with_defaults(old: ConfigDict, config_class: type) -> ConfigDict:
+    """The resolved config of a checkpoint, with the defaults of today for settings that the version which made it did not know.
+
+    Args:
+        old: the checkpoint's; what stands for tokenizer and data included.
+        config_class: dataclass of the run's settings. A config that it cannot read any more is left as it is.
+    """
+    names = {field.name for field in dataclasses.fields(config_class)}
+    try:
+        known = from_mapping(config_class, {name: value for name, value in old.items() if name in names})
+    except ConfigError:
+        return old
+    return {**old, **to_mapping(known)}
 
 
 def check_changes(old: ConfigDict, new: ConfigDict, allowed: Sequence[str] = ()) -> None:

@@ -1,5 +1,6 @@
 """Checks of a run folder before anything expensive: it can be made and written, and every rank sees the same one."""
 
+import contextlib
 import os
 import secrets
 import time
@@ -84,7 +85,8 @@ def check_shared(folder: Path, *, patience_seconds: float = PATIENCE_SECONDS) ->
         wanted = range(len(hosts)) if own == 0 else (0,)
         on_every_rank(lambda: _wait_for([(files[rank], rank) for rank in wanted], own, hosts, patience_seconds))
     finally:
-        files[own].unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            files[own].unlink(missing_ok=True)
 
 
 def _write(file: Path, rank: int, host: str) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,12 +17,13 @@ from torch import nn
 
 from spade_t5.checkpoint import save_checkpoint
 from spade_t5.config import read_yaml
-from spade_t5.errors import ConfigError, DataError, RunAbortedError
+from spade_t5.errors import ConfigError, DataError, RunAbortedError, StopRequestedError
+from spade_t5.pretrain.run import PretrainConfig
 from spade_t5.testing import call_on_ranks, documented, launch_ranks
 from spade_t5.training.backend import SingleProcess
 from spade_t5.training.config import TrainingConfig
 from spade_t5.training.lease import LEASE_FILE
-from spade_t5.training.provenance import provenance
+from spade_t5.training.provenance import check_provenance, git_revision, provenance
 from spade_t5.training.rank_log import LogFile
 from spade_t5.training.reporting import draw_loss_curve
 from spade_t5.training.run_folder import Resume, RunFolder, find_resume_point, open_run_folder
@@ -51,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def begin(run_dir: Path, config: dict[str, Any] = CONFIG, resume: Resume = Resume()) -> None:  # noqa: B008
     with open_run_folder(run_dir, resume) as folder:
-        folder.check_settings(config)
+        folder.check_settings(config, PretrainConfig)
         folder.begin(config)
 
 
@@ -106,7 +108,12 @@ def test_a_checkpoint_that_lost_its_name_has_it_back_in_the_own_folder_alone(run
 
 def test_none_never_overwrites_checkpoints(run_dir: Path, tmp_path: Path) -> None:
     assert find_resume_point(tmp_path / "new", "none") is None
-    assert "already holds checkpoints; use another run_dir, or --resume auto" in refused(run_dir, Resume(point="none"))
+    for _ in range(2):
+        assert "already holds checkpoints; use another run_dir, or --resume auto" in refused(
+            run_dir, Resume(point="none")
+        )
+        for path in run_dir.glob("checkpoints/*/manifest.json"):  # a damaged one is one as well
+            path.unlink()
 
 
 def test_the_resolved_config_is_written(tmp_path: Path) -> None:
@@ -220,7 +227,7 @@ def test_newer_checkpoints_are_set_aside_and_unfinished_ones_removed_when_the_ru
     (checkpoints / ".step-00000003.tmp").mkdir()
     first = checkpoints / "step-00000001"
     with open_run_folder(run_dir, Resume(point=str(first))) as folder:
-        folder.check_settings(CONFIG)
+        folder.check_settings(CONFIG, PretrainConfig)
         assert {path.name for path in checkpoints.iterdir()} == {
             "step-00000001",
             "step-00000002",
@@ -235,7 +242,7 @@ def test_newer_checkpoints_are_set_aside_and_unfinished_ones_removed_when_the_ru
 
 
 def test_a_foreign_checkpoint_does_not_mix_with_own_ones(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = SingleProcess(nn.Linear(2, 2), TrainingConfig(steps=1, global_batch_rows=1, micro_batch_rows=1))
     facts: dict[str, Any] = {"config": CONFIG, "provenance": provenance()}
@@ -256,11 +263,21 @@ def test_a_foreign_checkpoint_does_not_mix_with_own_ones(
         documented(caplog.text)
         assert f"was begun from {point}: going on from its own checkpoints" in caplog.text
         assert "already holds checkpoints" in refused(new, Resume(point=str(run_dir)))
-    # a group of ranks that torchrun starts again goes on from what its first attempt has saved
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SPADE_T5_ATTEMPT"])
+def test_ranks_that_are_started_again_go_on_from_what_their_first_attempt_has_saved(
+    variable: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = shutil.copytree(run_dir, tmp_path / "other") / "checkpoints" / "step-00000001"
+    monkeypatch.setenv(variable, "0")
+    for point in (str(foreign), "none"):
+        assert "already holds checkpoints" in refused(run_dir, Resume(point=point))
+    monkeypatch.setenv(variable, "1")
     newest = run_dir / "checkpoints" / "step-00000002"
     for restarted in (str(foreign), "none", str(run_dir / "checkpoints" / "step-00000001")):
         assert find_resume_point(run_dir, restarted) == newest
+    # nothing was saved yet
     assert find_resume_point(tmp_path / "new", str(foreign)) == foreign
     assert find_resume_point(tmp_path / "new", "none") is None
 
@@ -300,6 +317,11 @@ def test_changes_are_announced_or_refused_before_anything_is_written(
         run_dir, config=seeded
     )
     assert "is no setting of this run" in refused(run_dir, Resume(allow_changes=("trainig.seed",)))
+    assert "is no setting of this run" in refused(run_dir.parent / "new", Resume(allow_changes=("trainig.seed",)))
+    without = {**CONFIG, "training": {key: value for key, value in CONFIG["training"].items() if key != "clip_norm"}}
+    message = refused(run_dir, config=without)
+    assert "training.clip_norm: was 1.0 in the checkpoint, is None now; set it back, or add --allow-change" in message
+    begin(run_dir, without, Resume(allow_changes=("training.clip_norm",)))
 
 
 def test_other_libraries_are_announced_or_refused(
@@ -315,8 +337,26 @@ def test_other_libraries_are_announced_or_refused(
     with caplog.at_level(logging.INFO, "spade_t5"):
         begin(run_dir)
     documented(caplog.text)
+    for name in ("git_revision", "spade-t5"):
+        monkeypatch.setattr("spade_t5.training.run_folder.provenance", lambda name=name: {**here, name: "another"})
+        message = refused(run_dir, Resume(strict_env=True))
+        assert f"--strict-env: {name}: {here[name]} made the checkpoint, here is another; install what" in message
+    older = {name: version for name, version in here.items() if name != "spade-t5"}
+    check_provenance(older, here, is_strict=True)  # of a version that did not say it
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance()["git_revision"] is None
+
+
+def test_the_revision_is_that_of_the_package_s_own_checkout(tmp_path: Path) -> None:
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    installed = tmp_path / "venv" / "package.py"
+    installed.parent.mkdir()
+    installed.touch()
+    assert git_revision(installed) is None
+    subprocess.run(["git", "add", installed], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert git_revision(installed) == head.stdout.strip()
 
 
 def test_the_log_of_a_rank_has_one_line_for_each_message_and_the_traceback_of_a_fault(tmp_path: Path) -> None:
@@ -344,6 +384,10 @@ def test_a_fault_before_the_run_begins_is_in_the_log_and_a_refusal_is_not(tmp_pa
     with pytest.raises(ZeroDivisionError), open_run_folder(tmp_path / "run", Resume()):
         raise ZeroDivisionError
     assert "Traceback" in (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
+    for expected in (RunAbortedError("the lease was lost"), StopRequestedError("stopped")):
+        with pytest.raises(type(expected)), open_run_folder(tmp_path / "new", Resume()):
+            raise expected
+        assert not (tmp_path / "new").exists()
 
     def abort(folder: RunFolder) -> None:
         folder.begin(CONFIG)
@@ -354,6 +398,40 @@ def test_a_fault_before_the_run_begins_is_in_the_log_and_a_refusal_is_not(tmp_pa
     text = (tmp_path / "aborted" / "logs" / "rank-00000.log").read_text()
     assert "ERROR the numbers are gone" in text
     assert "Traceback" not in text
+
+
+def test_a_fault_is_not_hidden_by_a_folder_that_is_gone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def lose() -> None:
+        shutil.rmtree(run)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), open_run_folder(run, Resume()):
+        lose()
+    assert not run.exists()
+
+
+def test_a_folder_that_cannot_be_written_when_the_run_begins(mounted: Callable[[str], Path]) -> None:
+    place = mounted("size=1m")
+
+    def attempt(name: str, act: Callable[[RunFolder], None]) -> None:
+        with pytest.raises(ConfigError) as caught:
+            act_on_failing_disk(name, act)
+        line = f"run_dir: {place / name} cannot be written (Read-only file system); choose another folder"
+        assert str(caught.value) == line
+        documented(line)
+
+    def act_on_failing_disk(name: str, act: Callable[[RunFolder], None]) -> None:
+        try:
+            with open_run_folder(place / name, Resume()) as folder:
+                subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+                act(folder)
+        finally:
+            subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+
+    attempt("begin", lambda folder: folder.begin(CONFIG))
+    attempt("write", lambda folder: folder.write(lambda: (folder.path / "a").touch()))
 
 
 def crash(folder: str) -> None:
@@ -381,7 +459,7 @@ def open_on_rank(folders: list[str], config: list[dict[str, Any]]) -> dict[str, 
     dist.init_process_group("gloo")
     try:
         with open_run_folder(Path(folders[rank]), Resume()) as folder:
-            folder.check_settings(config[rank])
+            folder.check_settings(config[rank], PretrainConfig)
             folder.begin(config[rank])
             logging.getLogger("spade_t5").warning("rank %d was here", rank)
     except ConfigError as error:
@@ -405,6 +483,12 @@ def test_ranks_share_a_folder_a_lease_and_settings(tmp_path: Path) -> None:
     # other settings, other folders, a lease that is held: the same line on every rank
     (message,) = outcomes([tmp_path / "new"] * 2, [CONFIG, {**CONFIG, "model": {"preset": "mini"}}])
     assert message == "model.preset: 'tiny' on rank 0 and 'mini' on rank 1; start every rank with the same settings"
+    documented(message)
+    counted = {**CONFIG, "training": {**CONFIG["training"], "clip_norm": 1}}
+    (message,) = outcomes([tmp_path / "new"] * 2, [CONFIG, counted])
+    assert message.startswith("training.clip_norm: 1.0 on rank 0 and 1 on rank 1; start")
+    (message,) = outcomes([tmp_path / "new"] * 2, [CONFIG, {**CONFIG, "evaluation": {}}])
+    assert message == "config: not the same on every rank; start every rank with the same settings"
     documented(message)
     (message,) = outcomes([tmp_path / "new", tmp_path / "newer"], [CONFIG, CONFIG])
     assert message.startswith(f"run_dir: '{tmp_path / 'new'}' on rank 0 and '{tmp_path / 'newer'}' on rank 1; start")

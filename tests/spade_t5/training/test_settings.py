@@ -17,7 +17,17 @@ from spade_t5.errors import ConfigError
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.pretrain.run import PretrainConfig
 from spade_t5.testing import documented
-from spade_t5.training.settings import FIXED, FREE, LENGTHS, ON_REQUEST, Kind, check_changes, kind_of, leaves
+from spade_t5.training.settings import (
+    FIXED,
+    FREE,
+    LENGTHS,
+    ON_REQUEST,
+    Kind,
+    check_changes,
+    kind_of,
+    leaves,
+    with_defaults,
+)
 
 TRAINING = {
     "steps": 10,
@@ -225,6 +235,27 @@ def test_stores_of_a_mixture_are_told_apart_by_their_place() -> None:
             check_changes(PRETRAIN, changed(PRETRAIN, "data_fingerprint.stores", now))
         assert message in str(caught.value)
         documented(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("config", "config_class", "section", "key"),
+    [
+        (PRETRAIN, PretrainConfig, "training", "seed"),
+        (PRETRAIN, PretrainConfig, "objective", "mean_noise_span_length"),
+        (PRETRAIN, PretrainConfig, None, "loss"),
+        (FINETUNE, FinetuneConfig, None, "rows"),
+    ],
+)
+def test_a_setting_that_came_with_a_later_version_has_its_default_in_older_checkpoints(
+    config: dict[str, Any], config_class: type, section: str | None, key: str
+) -> None:
+    old = copy.deepcopy(config)
+    del (old if section is None else old[section])[key]
+    check_changes(with_defaults(old, config_class), config)
+    with pytest.raises(ConfigError, match="training.global_batch_rows: was 4 in the checkpoint, is 8 now"):
+        check_changes(with_defaults(old, config_class), changed(config, "training.global_batch_rows", 8))
+    unreadable = {**old, "training": {}}
+    assert with_defaults(unreadable, config_class) == unreadable
 
 
 def test_moved_folders_are_the_same_run() -> None:
