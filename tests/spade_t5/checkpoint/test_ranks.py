@@ -201,8 +201,9 @@ def lag(folder: str, stage: str) -> list[str]:
     if stage == "write" and distributed.rank() == slow_rank:
         writing.write_tensors = linger_and_fail
     checkpoints = Path(folder, "checkpoints")
+    distributed.barrier()
     writer = CheckpointSaver(
-        checkpoints, KEEP_ALL, before_publishing=linger if stage == "publish" else None, timeout_seconds=1
+        checkpoints, KEEP_ALL, before_publishing=linger if stage == "publish" else None, timeout_seconds=3
     )
     messages = []
     for step in (1, 2):
