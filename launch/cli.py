@@ -16,7 +16,7 @@ import torch
 from spade_t5.errors import RunAbortedError, StopRequestedError, UserError
 from spade_t5.launch.rank import BEGAN_VARIABLE, FOLDER_VARIABLE
 from spade_t5.launch.requirements import check_requirements
-from spade_t5.messages import OneLineFormatter, one_line, show_fault
+from spade_t5.messages import OneLineFormatter, hide_secrets_of, one_line, show_fault
 from spade_t5.training import distributed
 from spade_t5.training.outcome import is_outcome, record_outcome, record_outcomes_in
 from spade_t5.training.stopping import BrokenOffError, InterruptingStops, count_wall_seconds_from
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(argv: Sequence[str] | None = None) -> Ending:
     """Runs one command and says how it ended; a fault of the program leaves as an exception."""
+    hide_secrets_of(os.environ)
     parser = OneLineErrorParser(prog="spade-t5", description="Pretrain, fine-tune, evaluate and export SPADE-T5.")
     parser.add_argument(
         "command", choices=COMMANDS, metavar="COMMAND", help="; ".join(f"{k}: {v}" for k, v in COMMANDS.items())

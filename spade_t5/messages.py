@@ -5,6 +5,7 @@ import re
 import reprlib
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -14,22 +15,60 @@ MAX_MESSAGE_BYTES = 4096
 _MAX_SHOWN = 200
 _MAX_INTEGER_BITS = 256
 
-# A path that was a URL has one slash left behind the colon.
-_USER_OF_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}:/{1,2})[^/\s?#]+@")
-_SECRET_PARAMETER = re.compile(
-    r"([?&][\w.-]{0,40}(?:token|key|secret|signature|password|credential|sig)[\w.-]{0,40}=)[^&#\s'\",;]+", re.IGNORECASE
+_WORD = "token|key|apikey|secret|signature|sig|password|passwd|credentials?"
+_PASSWORD = r"[^\s/?#:@'\"]+:(?!\d+/)[^\s?#@'\"]+"  # may hold slashes; digits and a slash are a port and a path
+_MASKS = (
+    (re.compile(rf"\b([A-Za-z][A-Za-z0-9+.-]{{0,20}}://)(?:[^/\s?#]+|{_PASSWORD})@"), r"\1***@"),
+    # A path that was a URL has one slash left behind the colon; without a password it may as well be a path with a version.
+    (re.compile(rf"\b([A-Za-z][A-Za-z0-9+.-]{{0,20}}:/){_PASSWORD}@"), r"\1***@"),
+    # The word stands alone between signs, or begins with a capital after a small letter: X-Amz-Signature, accessToken, but not max_tokens.
+    (
+        re.compile(
+            rf"([?&][\w.-]{{0,40}}?(?:(?<![A-Za-z0-9])(?i:{_WORD})|(?<=[a-z0-9])(?:Token|Key|Secret|Signature|Password|Credential))"
+            r"(?![A-Za-z0-9])[\w.-]{0,40}=)[^&#\s'\",;]+"
+        ),
+        r"\1***",
+    ),
+    (
+        re.compile(
+            r"(?<![A-Za-z0-9])((?:[A-Z0-9]{1,40}_){1,8}(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)['\"]?\s{0,2}[=:]\s{0,2}['\"]?)[^\s'\",;]+"
+        ),
+        r"\1***",
+    ),
+    (
+        re.compile(
+            r"\b((?:Authorization['\"]?\s{0,2}[=:]\s{0,2}['\"]?(?:Basic|Bearer|Token)|Bearer)\s{1,2})[^\s'\",;]{8,}",
+            re.IGNORECASE,
+        ),
+        r"\1***",
+    ),
+    (re.compile(r"\bhf_[A-Za-z0-9]{30,}"), "hf_***"),
 )
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_SECRET_VARIABLE = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+_MIN_SECRET = 8
+
+_secrets: tuple[str, ...] = ()
+
+
+def hide_secrets_of(environment: Mapping[str, str]) -> None:
+    """Has the values of variables named like a token, key, secret or password masked from now on, instead of those named before."""
+    global _secrets
+    values = {value for name, value in environment.items() if _SECRET_VARIABLE.search(name)}
+    lines = {line.strip() for value in values for line in value.splitlines()}
+    _secrets = tuple(sorted((line for line in lines if len(line) >= _MIN_SECRET), key=len, reverse=True))
 
 
 def without_credentials(text: str) -> str:
-    """A text whose URLs have lost their user, password and signatures, and whose Hugging Face tokens are masked.
+    """A text whose URLs have lost their user, password and signatures, with tokens and secrets of the environment masked.
 
     >>> without_credentials("https://ann:pass@host/file?token=abc&part=2")
     'https://***@host/file?token=***&part=2'
     """
-    text = _USER_OF_URL.sub(r"\1***@", text)
-    return _HUB_TOKEN.sub("hf_***", _SECRET_PARAMETER.sub(r"\1***", text))
+    for secret in _secrets:
+        text = text.replace(secret, "***")
+    for pattern, mask in _MASKS:
+        text = pattern.sub(mask, text)
+    return text
 
 
 def printable(text: Path | str) -> str:

@@ -18,6 +18,7 @@ from spade_t5.launch.cli import main
 from spade_t5.messages import (
     MAX_MESSAGE_BYTES,
     OneLineFormatter,
+    hide_secrets_of,
     one_line,
     printable,
     show_fault,
@@ -144,16 +145,71 @@ def test_a_whole_story_leaves_no_secret(
             "https://host/a?X-Amz-Signature=abc&X-Amz-Credential=k#f",
             "https://host/a?X-Amz-Signature=***&X-Amz-Credential=***#f",
         ),
-        ("hf_abcdefghijklmnopqrstuv in text", "hf_*** in text"),
+        ("https://host/a?api_key=abc&accessToken=k&sig=x", "https://host/a?api_key=***&accessToken=***&sig=***"),
+        ("https://u:p/w@host/a and s3://u:a/b/c@bucket", "https://***@host/a and s3://***@bucket"),
+        ("hf_abcdefghijklmnopqrstuvwxyzABCDEFGH in text", "hf_*** in text"),
+        ("AWS_SECRET_ACCESS_KEY=a/b+c and", "AWS_SECRET_ACCESS_KEY=*** and"),
+        ("{'WANDB_API_KEY': 'abc', 'HF_TOKEN': 'x'}", "{'WANDB_API_KEY': '***', 'HF_TOKEN': '***'}"),
+        ("WANDB_API_KEY: abc", "WANDB_API_KEY: ***"),
+        ("Authorization: Bearer abc.def-ghi", "Authorization: Bearer ***"),
+        ("'authorization': 'Basic YW5uOnBhc3M='", "'authorization': 'Basic ***'"),
         ("hf://datasets/owner/name@refs/pr/1/a.jsonl", "hf://datasets/owner/name@refs/pr/1/a.jsonl"),
         ("somebody/model@main", "somebody/model@main"),
         ("a@b.c and x:/y", "a@b.c and x:/y"),
-        ("/data/hf_small/rows.jsonl", "/data/hf_small/rows.jsonl"),
     ],
 )
 def test_what_is_masked(text: str, expected: str) -> None:
     assert without_credentials(text) == expected
     assert one_line(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/hf_small/rows.jsonl",
+        "/data/hf_t5largecheckpoints2026",
+        "https://host/a?max_tokens=512&sigma=3&keyframe=7&monkey=1",
+        "file:/data@v2/x",
+        "file:///data@v2/x",
+        "https://host:8080/data@v2/x",
+        "TOKENS=3 MAX_TOKENS: 512",
+        "--allow-change KEY: a setting",
+        "the bearer of news",
+    ],
+)
+def test_what_is_not_masked(text: str) -> None:
+    assert without_credentials(text) == text
+    assert one_line(text) == text
+
+
+def test_values_of_secret_variables_are_masked_wherever_they_turn_up() -> None:
+    environment = {
+        "SOME_API_KEY": "abcdefgh12",
+        "DB_PASSWORD": "abcdefgh",
+        "PRIVATE_KEY": "-----BEGIN-----\nbase64base64\n",
+        "SHORT_TOKEN": "main",
+        "KEYBOARD": "qwertyuiop",
+    }
+    try:
+        hide_secrets_of(environment)
+        text = "sent abcdefgh12 as abcdefgh to main with base64base64 on qwertyuiop"
+        assert without_credentials(text) == "sent *** as *** to main with *** on qwertyuiop"
+    finally:
+        hide_secrets_of({})
+    assert without_credentials(text) == text
+
+
+def test_the_command_hides_the_secrets_of_its_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", "opaque-value-1")
+    try:
+        assert main(["verify", "/nowhere/opaque-value-1/x"]) == 2
+    finally:
+        hide_secrets_of({})
+    err = capsys.readouterr().err
+    assert "/nowhere/***/x" in err
+    assert "opaque" not in err
 
 
 def test_a_fault_is_shown_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:

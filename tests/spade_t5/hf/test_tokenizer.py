@@ -1,3 +1,4 @@
+import errno
 import functools
 import io
 import json
@@ -16,6 +17,7 @@ from spade_t5.hf.tokenizer import (
     from_sentencepiece,
     load_tokenizer,
     model_vocab_size,
+    save_tokenizer,
     sentinel_ids,
     tokenizer_hash,
 )
@@ -175,6 +177,13 @@ def test_saved_folder_is_read_by_plain_transformers(small: PreTrainedTokenizerFa
         for text in [*HARD_TEXTS, "the <extra_id_7> end"]:
             assert tokenizer(text).input_ids == small(text).input_ids
         assert tokenizer.decode([699, 5, 1], skip_special_tokens=True) == small.decode([5])
+
+
+def test_a_folder_that_cannot_be_written(small: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").mkdir()  # which the library's code in Rust comes upon
+    with pytest.raises(OSError, match="Is a directory") as caught:
+        save_tokenizer(small, tmp_path)
+    assert caught.value.errno == errno.EISDIR
 
 
 def test_more_sentinels_can_be_added(small: PreTrainedTokenizerFast, tmp_path: Path) -> None:
