@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 8 * 2**20
 
-_PAUSES_SECONDS = (1.0, 4.0, 16.0, 60.0)
+RETRY_PAUSES_SECONDS = (1.0, 4.0, 16.0, 60.0)
+"""Before a remote file that cannot be read is opened again."""
 _PACKED_BLOCK_BYTES = 2**16
 _ZSTD_PIECE_BYTES = 2**10  # one byte of zstd gives at most about 32 KiB, so a piece at most about 32 MiB
 _ZSTD_WINDOW_BYTES = 2**31  # the most that `zstd --long` makes
@@ -92,12 +93,12 @@ def persistently(path: Path | str, start: int, read: Callable[[int], Iterator[N]
             return
         except BrokenFileError as error:
             # A connection that ends early looks like a file that does.
-            if not is_remote(path) or failures == len(_PAUSES_SECONDS):
+            if not is_remote(path) or failures == len(RETRY_PAUSES_SECONDS):
                 raise
             reason = str(error)
         except RemoteReadError as error:
             reason = str(error)
-            if failures == len(_PAUSES_SECONDS):
+            if failures == len(RETRY_PAUSES_SECONDS):
                 raise DataError(
                     f"{name}: cannot be read behind line {start}, tried {failures + 1} times: {reason}; start again when it can be reached"
                 ) from None
@@ -106,9 +107,9 @@ def persistently(path: Path | str, start: int, read: Callable[[int], Iterator[N]
                 f"{name}: cannot be read: {error.strerror or error}; check the path and its permissions"
             ) from None
         logger.warning(
-            "%s: behind line %d: %s; opening it again in %g s", name, start, reason, _PAUSES_SECONDS[failures]
+            "%s: behind line %d: %s; opening it again in %g s", name, start, reason, RETRY_PAUSES_SECONDS[failures]
         )
-        time.sleep(_PAUSES_SECONDS[failures])
+        time.sleep(RETRY_PAUSES_SECONDS[failures])
         failures += 1
 
 

@@ -2,10 +2,12 @@
 
 Collectives wait for ever, or for a timeout that has to be longer than the longest pause of a healthy run: when one rank stops, all others wait
 without a word. So every rank says which phase it enters, and a thread looks whether that was long ago. When it was, the thread writes the
-stacks of this process to `logs/`, asks the watchdogs of all other ranks through the process group's store where they stand, and so tells the rank
-that does not answer, or that is somewhere else, from those that wait for it.
+stacks of this process to `logs/`. The watchdogs of all ranks then say through the process group's store where they stand; one of them, the first that
+comes, collects this, and all read what it found: which rank does not answer, or is somewhere else than those that wait for it.
 
-Should C code hold the interpreter's lock, no Python thread runs; `faulthandler`'s own thread ends the process a little later. At any time,
+Time in which the whole process was suspended does not count.
+
+Should C code hold the interpreter's lock, no Python thread runs: the other ranks end such a process, or `faulthandler`'s own thread some minutes later. At any time,
 `kill -USR2 PID` makes a rank write its stacks without ending it.
 """
 
@@ -22,16 +24,18 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from spade_t5.data.lines import RETRY_PAUSES_SECONDS
 from spade_t5.training import distributed
-from spade_t5.training.outcome import record_outcome
+from spade_t5.training.outcome import log_outcome, record_outcome
 
 logger = logging.getLogger("spade_t5")
 
@@ -41,13 +45,21 @@ POLL_SECONDS = 0.5
 """Between two looks at the clock, and at the store."""
 ANSWER_SECONDS = 5.0
 """How long ranks have to say where they stand; watchdogs answer even while their rank hangs."""
-GIL_MARGIN_SECONDS = 30.0
-"""How much later than the Python thread the C thread ends the process."""
-SHORTEST_STEP_LIMIT_SECONDS = 60.0
+ANSWER_SECONDS_PER_RANK = 0.01
+"""So much longer for every rank, which one store serves."""
+SUMMARY_MARGIN_SECONDS = 3.0
+"""How much longer than the collection takes ranks wait for what was found."""
+SUSPENDED_SECONDS = 5.0
+"""A thread that sleeps for POLL_SECONDS and wakes up so much later was suspended with its process."""
+GIL_MARGIN_SECONDS = 600.0
+"""How much later than the Python thread the C thread ends the process. It does not know of suspensions: longer ones than this end a run."""
+SHORTEST_STEP_LIMIT_SECONDS = 2 * sum(RETRY_PAUSES_SECONDS)
+"""A rank that reads a remote file again and again, and those that wait for it, must not count as hanging; half of it is for the reading."""
 STEP_LIMIT_FACTOR = 5.0
 STACKS_SIGNAL = signal.SIGUSR2
 
 _HANG_KEY = "watchdog/hang"
+_SUMMARY_KEY = "watchdog/summary"
 _COLLECTIVES = (
     os.sep + os.path.join("torch", "distributed") + os.sep,
     os.sep + os.path.join("deepspeed", "comm") + os.sep,
@@ -61,8 +73,8 @@ class TimeoutsConfig:
     compile_seconds: float = 1800.0
     """The first step of a process, in which kernels are compiled and the first rows are read."""
     step_seconds: float | None = None
-    """A step, with the wait for its rows; null: 60 s or five times the slowest of the last 100 steps, whichever is longer,
-    but no longer than compile_seconds."""
+    """A step, with the wait for its rows; null: 162 s or five times the slowest of the last 100 steps, whichever is longer,
+    but no longer than compile_seconds. Remote files that cannot be read are tried again for 81 s: with such data it should be longer."""
     evaluation_seconds: float = 600.0
     """One batch of an evaluation."""
     save_seconds: float = 1800.0
@@ -88,6 +100,8 @@ class _Position(NamedTuple):
     step: int
     since: float
     deadline: float
+    suspended: float
+    """Seconds for which the process had been suspended so far, by which the deadline moves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,13 +136,15 @@ class Watchdog:
         self._rank = distributed.rank()
         self._main_thread = threading.get_ident()
         self._step_durations: deque[float] = deque(maxlen=100)
-        self._position = _Position("compile", 0, time.monotonic(), math.inf)
+        self._suspended = 0.0
+        self._position = _Position("compile", 0, time.monotonic(), math.inf, 0.0)
         self._armed_until = 0.0
         self._is_hanging = threading.Event()
         self._is_closing = threading.Event()
         self._must_look = threading.Event()
         self._has_written_stacks = threading.Event()
-        self._all_answered = threading.Event()
+        self._has_summary = threading.Event()
+        self._ends_at = math.inf
         self._reports: dict[int, Report] = {}
         self._stacks_file: IO[str] | None = None
 
@@ -155,7 +171,7 @@ class Watchdog:
         """Ends watching; leaves no empty file."""
         if self._is_hanging.is_set():
             # What brings the main thread here is that ranks end; the watchdog is about to, and knows the reason.
-            time.sleep(2 * ANSWER_SECONDS)
+            time.sleep(self._answer_seconds + 2 * SUMMARY_MARGIN_SECONDS)
         self._is_closing.set()
         self._must_look.set()
         faulthandler.cancel_dump_traceback_later()
@@ -177,16 +193,21 @@ class Watchdog:
             self._step_durations.append(position.since - before.since)
         # Arming the C thread anew costs 50 us, so it is done only when it would end the process too early or far too late.
         if not position.deadline < self._armed_until < position.deadline + 2 * GIL_MARGIN_SECONDS:
-            seconds = position.deadline + GIL_MARGIN_SECONDS - time.monotonic()
-            assert self._stacks_file is not None, "the watchdog is entered as a context first"
-            faulthandler.dump_traceback_later(seconds, exit=True, file=self._stacks_file)
-            self._armed_until = time.monotonic() + seconds
+            self._arm(position.deadline)
+
+    def _arm(self, deadline: float) -> None:
+        """Lets the C thread end the process some time after a deadline."""
+        assert self._stacks_file is not None, "the watchdog is entered as a context first"
+        now = time.monotonic()
+        seconds = max(deadline - now, 0.0) + GIL_MARGIN_SECONDS
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._stacks_file)
+        self._armed_until = now + seconds
 
     def _next_position(self, phase: Phase, step: int) -> _Position:
         now = time.monotonic()
         if phase == "step" and self._position.phase == "data" and self._position.step == step:
             return self._position._replace(phase="step")
-        return _Position(phase, step, now, now + self.limit_seconds(phase))
+        return _Position(phase, step, now, now + self.limit_seconds(phase), self._suspended)
 
     def limit_seconds(self, phase: Phase) -> float:
         """How long the phase may take as things stand."""
@@ -204,11 +225,26 @@ class Watchdog:
 
     def _watch(self) -> None:
         """The thread that looks at the clock."""
+        looked = time.monotonic()
         while not self._is_closing.is_set():
-            if time.monotonic() > self._position.deadline or self._is_hanging.is_set():
+            now = time.monotonic()
+            if now - looked > POLL_SECONDS + SUSPENDED_SECONDS:
+                self._suspended += now - looked
+                self._arm(self._deadline)
+            looked = now
+            if now > self._deadline or self._is_hanging.is_set():
                 self._is_hanging.set()
                 self._end_run()
             self._must_look.wait(POLL_SECONDS)
+
+    @property
+    def _deadline(self) -> float:
+        position = self._position
+        return position.deadline + self._suspended - position.suspended
+
+    @property
+    def _answer_seconds(self) -> float:
+        return ANSWER_SECONDS + ANSWER_SECONDS_PER_RANK * len(self._processes)
 
     def _correspond(self) -> None:
         """The thread that talks to the other ranks: waits until some rank hangs, then says where this one is and learns where they are.
@@ -222,23 +258,35 @@ class Watchdog:
             self._store.set(_HANG_KEY, "1")
             self._is_hanging.set()
             self._must_look.set()
-            # Whoever has all reports ends, and that breaks the others off: nobody reports before its stacks are written.
+            # Whoever knows the culprit ends, and that breaks the others off: nobody reports before its stacks are written.
             self._has_written_stacks.wait(ANSWER_SECONDS / 2)
-            self._store.set(f"watchdog/{self._rank}", json.dumps(asdict(self._report())))
-            self._read_reports()
+            self._store.set(_report_key(self._rank), json.dumps(asdict(self._report())))
+            if self._store.add("watchdog/collectors", 1) == 1:
+                self._store.set(_SUMMARY_KEY, json.dumps(self._collect()))
+            patience = timedelta(seconds=self._answer_seconds + SUMMARY_MARGIN_SECONDS)
+            self._store.wait([_SUMMARY_KEY], patience)
+            summary = json.loads(self._store.get(_SUMMARY_KEY))
+            self._reports = {int(rank): Report(**fields) for rank, fields in summary.items()}
+            readers = self._store.add("watchdog/readers", 1)
+            while self._rank == 0 and readers < len(self._reports) and time.monotonic() < self._ends_at:
+                time.sleep(POLL_SECONDS / 10)  # the store ends with this rank
+                readers = self._store.add("watchdog/readers", 0)
+            self._has_summary.set()
 
-    def _read_reports(self) -> None:
+    def _collect(self) -> dict[int, dict[str, Any]]:
+        """The reports of all ranks that say where they stand in time, as JSON values."""
         everyone = range(len(self._processes))
-        while missing := set(everyone) - set(self._reports):
-            for rank in sorted(missing):
-                if self._store.check([f"watchdog/{rank}"]):
-                    self._reports[rank] = Report(**json.loads(self._store.get(f"watchdog/{rank}")))
+        deadline = time.monotonic() + self._answer_seconds - ANSWER_SECONDS / 2
+        keys = [_report_key(rank) for rank in everyone]
+        while not self._store.check(keys) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 10)
-        readers = self._store.add("watchdog/readers", 1)
-        while self._rank == 0 and readers < len(everyone):  # the store ends with this rank
-            time.sleep(POLL_SECONDS / 10)
-            readers = self._store.add("watchdog/readers", 0)
-        self._all_answered.set()
+        answered = (
+            everyone
+            if self._store.check(keys)
+            else [rank for rank, key in zip(everyone, keys, strict=True) if self._store.check([key])]
+        )
+        texts = self._store.multi_get([keys[rank] for rank in answered])
+        return {rank: json.loads(text) for rank, text in zip(answered, texts, strict=True)}
 
     def _report(self) -> Report:
         position = self._position
@@ -253,27 +301,26 @@ class Watchdog:
         """Writes what this rank knows, names the culprit, and ends the process."""
         own = self._report()
         self._write_stacks(own)
+        everyone = range(len(self._processes))
+        self._ends_at = time.monotonic() + self._answer_seconds + SUMMARY_MARGIN_SECONDS
         self._has_written_stacks.set()
-        if len(self._processes) > 1:
-            self._all_answered.wait(ANSWER_SECONDS)
-        else:
-            self._reports[0] = own
-        reports = dict(self._reports)
-        silent = self._silent_ranks(reports)
+        if len(everyone) == 1:
+            self._reports = {0: own}
+        elif not self._has_summary.wait(self._answer_seconds + SUMMARY_MARGIN_SECONDS):
+            self._reports = {}
+        is_complete = bool(self._reports)
+        reports = self._reports or {self._rank: own}
+        # Without a summary nothing is known but that the store, which rank 0 holds, does not serve.
+        silent = [rank for rank in everyone if rank not in reports] if is_complete else [0]
         message = (
             f"hanging: {describe_hang(reports, silent, self._processes)}; "
             f"the stacks of every rank are in {self._logs}, a new start goes on from the last checkpoint"
         )
         record_outcome(1, message)
-        if self._rank == min(set(range(len(self._processes))) - set(silent), default=self._rank):
-            logger.error("%s", message)
-        self._end_silent_ranks(silent)
+        if self._rank == min(set(everyone) - set(silent), default=self._rank):
+            log_outcome(logger, message)
+        self._wake_silent_ranks(silent, kills=is_complete)
         os._exit(1)
-
-    def _silent_ranks(self, reports: dict[int, Report]) -> list[int]:
-        if self._rank not in reports:
-            return [0]  # which holds the store, and does not serve it
-        return [rank for rank in range(len(self._processes)) if rank not in reports]
 
     def _write_stacks(self, own: Report) -> None:
         file = self._stacks_file
@@ -288,9 +335,10 @@ class Watchdog:
             if recording is not None:
                 (self._logs / f"rank-{self._rank:05d}.nccl.json").write_bytes(recording)
 
-    def _end_silent_ranks(self, silent: list[int]) -> None:
-        """Kills ranks of this machine that do not answer, so that the launcher need not wait for its grace; they write their stacks first."""
-        here = [self._processes[rank] for rank in silent if self._processes[rank].host == socket.gethostname()]
+    def _wake_silent_ranks(self, silent: list[int], *, kills: bool) -> None:
+        """Has ranks of this machine that do not answer write their stacks, and kills them, so that the launcher need not wait for its grace."""
+        others = [self._processes[rank] for rank in silent if rank != self._rank]
+        here = [process for process in others if process.host == socket.gethostname()]
         alive = [process for process in here if process_start(process.pid) == process.started]
         with suppress(ProcessLookupError):
             for process in alive:
@@ -298,7 +346,7 @@ class Watchdog:
                 os.kill(process.pid, signal.SIGCONT)
             if alive:
                 time.sleep(POLL_SECONDS)
-            for process in alive:
+            for process in alive if kills else []:
                 os.kill(process.pid, signal.SIGKILL)
 
 
@@ -318,7 +366,7 @@ def describe_hang(reports: dict[int, Report], silent: list[int], processes: list
     answered = sorted(reports)
     if silent:
         place = f"; the others are in {_place(reports[answered[0]])}" if answered else ""
-        return f"{names(silent)} did not answer within {ANSWER_SECONDS:g} s: stopped, or its machine is gone{place}"
+        return f"{names(silent)} did not answer in time: stopped, or its machine is gone{place}"
     reading = [rank for rank in answered if reports[rank].phase == "data"]
     outside = [rank for rank in answered if not reports[rank].in_collective]
     for culprits, deed in ((reading, "waits for its training rows"), (outside, "does not get on")):
@@ -328,6 +376,10 @@ def describe_hang(reports: dict[int, Report], silent: list[int], processes: list
             return f"{names(culprits)} {deed} in {_place(first)} for {first.seconds} s{waiting}"
     steps = ", ".join(sorted({_place(report) for report in reports.values()}))
     return f"all {len(answered)} ranks wait for each other in {steps}: the network, or a device, does not get on"
+
+
+def _report_key(rank: int) -> str:
+    return f"watchdog/{rank}"
 
 
 def _place(report: Report) -> str:

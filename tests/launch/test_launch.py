@@ -285,7 +285,7 @@ def test_a_hang_is_noticed_and_named_and_the_next_start_goes_on(
         group.wait(90)
         group.assert_gone()
     said = group.stderr(0)
-    expected = {"stopped": "did not answer within 5 s", "loader": r"waits for its training rows in data of step \d+"}[
+    expected = {"stopped": "did not answer in time", "loader": r"waits for its training rows in data of step \d+"}[
         how
     ]
     assert re.search(rf"hanging: rank 1 \([^,]+, pid {group.ranks[1]}\) {expected}", said), said

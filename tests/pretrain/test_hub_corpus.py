@@ -20,7 +20,7 @@ from spade_t5.data.bad_rows import BadRows
 from spade_t5.errors import DataError
 from spade_t5.pretrain.corpora import HubCorpus
 
-lines._PAUSES_SECONDS = (0.0,) * 8
+lines.RETRY_PAUSES_SECONDS = (0.0,) * 8
 found = []
 for settings in json.loads(sys.argv[1]):
     try:

@@ -114,7 +114,7 @@ def remote(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             return FlakyFile(state)
 
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
-    monkeypatch.setattr(lines, "_PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(lines, "RETRY_PAUSES_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(lines, "_PACKED_BLOCK_BYTES", 1000)
     monkeypatch.setattr(lines, "_BLOCK_BYTES", 1000)
     return state
