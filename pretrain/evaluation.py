@@ -5,21 +5,24 @@
 - the loss with the inputs of other rows: what the decoder reaches from the targets alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from spade_t5.checkpoint import read_state
-from spade_t5.config import from_mapping
+from spade_t5.config import ConfigDict, apply_overrides, from_mapping
 from spade_t5.errors import ConfigError
 from spade_t5.hf.loading import find_checkpoint, load_model
 from spade_t5.hf.tokenizer import tokenizer_hash
+from spade_t5.messages import shown
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
 from spade_t5.pretrain.run import PretrainConfig
 from spade_t5.training import Batch, Seq2SeqObjective, distributed
 from spade_t5.training.data import BatchShape, TrainingRows
 from spade_t5.training.objectives import IGNORED_LABEL, loss_by_axis
+from spade_t5.training.settings import leaves
 
 _COUNTED_ROWS = 64
 
@@ -41,19 +44,26 @@ class HeldOutLoss:
 
 
 def evaluate_held_out(
-    run: Path, *, step: int | None = None, max_rows: int | None = None, batch_rows: int = 16, unigram_rows: int = 2000
+    run: Path,
+    *,
+    step: int | None = None,
+    data_words: Sequence[str] = (),
+    max_rows: int | None = None,
+    batch_rows: int = 16,
+    unigram_rows: int = 2000,
 ) -> HeldOutLoss:
     """Scores a checkpoint of a pretraining run on the held-out part of its data.
 
     Args:
         run: run folder or checkpoint.
         step: which checkpoint of a run folder; the newest by default.
+        data_words: settings put over those of the run's data, as `data.key=value`, where it lies elsewhere now.
         max_rows: held-out segments scored, evenly spread over the split; None: all, or from a stream as many as in training.
         batch_rows: rows at once.
         unigram_rows: training rows that the token frequencies are counted in.
 
     Raises:
-        ConfigError: `run` is no pretraining run, or its data has another tokenizer now.
+        ConfigError: `run` is no pretraining run, its data has another tokenizer now, or credentials of its URLs, which are not kept, are wanted.
         DataError: checkpoint or data are damaged.
     """
     checkpoint = find_checkpoint(run, step)
@@ -64,6 +74,8 @@ def evaluate_held_out(
         raise ConfigError(f"{run}: not a pretraining run; score it with --task")
     saved_hash = saved.pop("tokenizer_hash")
     del saved["data_fingerprint"]
+    saved = apply_overrides(saved, data_words)
+    _check_unmasked(saved["data"])
     config = from_mapping(PretrainConfig, saved)
     data = config.data.with_eval_rows(max_rows).open(config.objective, seed=config.training.seed)
     if tokenizer_hash(data.tokenizer) != saved_hash:
@@ -97,6 +109,15 @@ def evaluate_held_out(
         num_targets,
         loss_by_axis(data.groups, sums_by_group.tolist()),
     )
+
+
+def _check_unmasked(data: ConfigDict) -> None:
+    """Refuses settings that were masked when they were saved, and so lead nowhere."""
+    for key, value in leaves(data, "data").items():
+        if isinstance(value, str) and "***" in value:
+            raise ConfigError(
+                f"{key}: was saved as {shown(value)}, without its credentials; give it again as {key.partition('[')[0]}=..."
+            )
 
 
 def _with_inputs_of(batch: Batch, others: Batch) -> Batch:

@@ -24,7 +24,12 @@ from spade_t5.training import distributed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", help="run folder, checkpoint, exported folder, or name on the hub")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings under task., rows. and evaluation.")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings under task., rows. and evaluation.; without --task under data., where it lies elsewhere now",
+    )
     parser.add_argument(
         "--task",
         choices=sorted(TASKS),
@@ -38,9 +43,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     distributed.join()
     if arguments.task is None and _is_pretraining_run(Path(arguments.model)):
-        if arguments.settings:
-            raise ConfigError(f"argument {arguments.settings[0]!r}: settings need --task")
-        result = asdict(evaluate_held_out(Path(arguments.model), max_rows=arguments.max_rows))
+        for word in arguments.settings:
+            if not word.startswith("data."):
+                raise ConfigError(
+                    f"argument {word!r}: settings need --task; without it only those under data. are taken"
+                )
+        result = asdict(
+            evaluate_held_out(Path(arguments.model), data_words=arguments.settings, max_rows=arguments.max_rows)
+        )
         if arguments.out is not None:
             arguments.out.mkdir(parents=True, exist_ok=True)
             (arguments.out / "held_out.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

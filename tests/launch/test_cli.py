@@ -1,10 +1,12 @@
 """The commands in the order of the story, from text to a model in Hugging Face's hands; exit codes; help."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable
@@ -20,11 +22,13 @@ from spade_t5.checkpoint import latest_checkpoint, list_checkpoints, read_weight
 from spade_t5.config import dump_yaml
 from spade_t5.hf.loading import load_model, load_tokenizer_of
 from spade_t5.hf.tokenizer import model_vocab_size, tokenizer_hash
+from spade_t5.launch import cli
 from spade_t5.launch.cli import COMMANDS, main
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
+from spade_t5.pretrain import run as pretrain_run
 from spade_t5.pretrain.evaluation import evaluate_held_out
 from spade_t5.pretrain.store import TokenStore
-from spade_t5.testing import documented, run_command
+from spade_t5.testing import documented, launch_ranks, run_command
 from spade_t5.training.reporting import read_metrics
 
 SPADE_T5 = [sys.executable, "-m", "spade_t5.launch"]
@@ -132,6 +136,25 @@ def test_evaluate_repeats_the_run_s_own_held_out_loss(
     assert printed["shuffled_loss"] != printed["loss"]
     assert 0 < printed["unigram_loss"] < printed["loss"]  # six steps beat nothing
     assert evaluate_held_out(run, max_rows=5, batch_rows=2).loss == pytest.approx(printed["loss"], rel=1e-5)
+
+
+def test_evaluate_asks_again_for_a_url_whose_password_was_not_kept(
+    store: Path,
+    tmp_path: Path,
+    pretrain_words: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = "https://ann:s3cret@host/store"  # a relative path to the operating system
+    shutil.copytree(store, Path(url))
+    assert main(pretrain_words(tmp_path / "run", f"data.store={url}", "training.steps=1")) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--max-rows", "2"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "data.store: was saved as 'https:/***@host/store', without its credentials; give it again as" in message
+    documented(message)
+    assert main(["evaluate", "run", "--max-rows", "2", f"data.store={url}"]) == 0
 
 
 def test_the_export_in_a_fresh_process(run: Path, exported: Path, tmp_path: Path) -> None:
@@ -307,6 +330,79 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(
     assert "the gradient is not finite" in last
     documented(last)
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def interrupt_start(lease: str | None) -> None:
+    """A hook: while the model is built the process is asked to stop, by a user or because its lease is lost."""
+
+    def build(*arguments: object, **options: object) -> None:
+        if lease is not None:
+            Path(lease).unlink()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("nothing interrupted it")
+
+    pretrain_run.build_model = build  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("lease_is_lost", "code", "message"),
+    [
+        (False, 75, "spade-t5 pretrain: stopped before or after training; start the same command again to go on"),
+        (True, 1, "spade-t5 pretrain: lease: "),
+    ],
+    ids=["asked", "lease lost"],
+)
+def test_a_request_to_stop_outside_of_training(
+    lease_is_lost: bool, code: int, message: str, tmp_path: Path, pretrain_words: Callable[..., list[str]]
+) -> None:
+    with launch_ranks(
+        pretrain_words(tmp_path / "run"),
+        num_ranks=1,
+        log_dir=tmp_path / "logs",
+        hook=interrupt_start,
+        hook_arguments={"lease": str(tmp_path / "run" / "lease.json") if lease_is_lost else None},
+    ) as group:
+        assert group.wait() == [code], group.stderr(0)
+    last = group.stderr(0).splitlines()[-1]
+    assert last.startswith(message)
+    documented(last)
+    assert "Traceback" not in group.stderr(0)
+
+
+STUCK_WORKER = """
+import multiprocessing, os, sys, time
+from spade_t5.launch import cli
+from spade_t5.training import distributed
+
+def work(rank):
+    distributed.begin_worker(rank, 0)
+    time.sleep(600)
+
+def run_command():
+    multiprocessing.get_context("fork").Process(target=work, args=(os.getpid(),), daemon=True).start()
+    time.sleep(1)
+    return cli.Ending(75)
+
+cli.run_command = run_command
+sys.argv = ["spade-t5", "pretrain"]
+cli.run_process()
+"""
+
+
+def test_a_process_does_not_wait_for_a_stuck_loader_at_its_end() -> None:
+    assert run_command([sys.executable, "-c", STUCK_WORKER], timeout_seconds=120).returncode == 75
+
+
+def test_a_fault_of_a_thread_is_shown_without_credentials(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert threading.excepthook is cli._show_fault_of_thread
+    capsys.readouterr()
+    error = RuntimeError("https://ann:secret@host/file is away")
+    cli._show_fault_of_thread(threading.ExceptHookArgs((RuntimeError, error, None, None)))
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "RuntimeError: https://***@host/file is away"
 
 
 def test_ctrl_c_is_one_line_and_exit_code_75(tmp_path: Path) -> None:
