@@ -14,10 +14,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from spade_t5.checkpoint import load_weights_into, publish, read_state, write_manifest
-from spade_t5.checkpoint.manifest import FILE_MODE, FOLDER_MODE, file_entry, remove_leftovers, unique_name
+from spade_t5.checkpoint.manifest import FILE_MODE, FOLDER_MODE, file_entry, read_small, remove_leftovers, unique_name
 from spade_t5.classification import SpadeT5ForSequenceClassification
 from spade_t5.errors import ConfigError, DataError
 from spade_t5.hf.loading import build_model, find_checkpoint, load_config, load_tokenizer_of
+from spade_t5.hf.tokenizer import save_tokenizer
 from spade_t5.messages import shown
 from spade_t5.modeling import SpadeT5ForConditionalGeneration, SpadeT5PreTrainedModel
 from spade_t5.training.reporting import METRICS_FILE, read_metrics
@@ -47,7 +48,7 @@ def export_run(
 
     Raises:
         ConfigError: `out` exists or cannot be written, `run` is no run, or the size is none.
-        DataError: the checkpoint is damaged, or holds no averages.
+        DataError: the checkpoint or the scores of the run are damaged, or it holds no averages.
     """
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"--max-shard-size: {max_shard_size!r} is not a size; write it as 500MB or 5GB")
@@ -55,13 +56,14 @@ def export_run(
         raise ConfigError(f"--out: {out} already exists; choose another folder or remove it")
     checkpoint, state, model = _load(run, step, is_averaged)
     temporary = out.parent / unique_name(out.name)
-    run_dir = checkpoint.parent.parent
+    card = model_card(state, checkpoint.parent.parent, model.num_parameters())
+    tokenizer = load_tokenizer_of(checkpoint)
     try:
         temporary.mkdir(FOLDER_MODE, parents=True)
         remove_leftovers(out.parent, out.name)
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        load_tokenizer_of(checkpoint).save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(state, run_dir, model.num_parameters()), encoding="utf-8")
+        save_tokenizer(tokenizer, temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in temporary.iterdir():
             path.chmod(path.stat().st_mode & FILE_MODE)
         write_manifest(temporary, {path.name: file_entry(path) for path in temporary.iterdir()}, kind="export")
@@ -111,6 +113,9 @@ def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str
         state: content of the checkpoint's `state.json`.
         run_dir: folder of the run, for its metrics and scores.
         num_parameters: size of the model.
+
+    Raises:
+        DataError: the scores are damaged.
     """
     config = state["config"]
     training = config.get("training") or {}
@@ -150,9 +155,18 @@ def model_card(state: dict[str, Any], run_dir: Path, num_parameters: int) -> str
             said = "not finite" if loss is None else f"{loss:.4f} nats per target"
             lines.append(f"- held-out loss: {said} at step {step:,}")
     if (run_dir / SCORES_FILE).is_file():
-        scores = json.loads((run_dir / SCORES_FILE).read_text(encoding="utf-8"))
-        lines += ["", "## Scores", "", "```json", json.dumps(scores, indent=1), "```"]
+        lines += ["", "## Scores", "", "```json", json.dumps(_read_scores(run_dir / SCORES_FILE), indent=1), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    try:
+        scores = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError):
+        scores = None
+    if not isinstance(scores, dict):
+        raise DataError(f"{path}: is no JSON object; remove it, or score the run again")
+    return scores
 
 
 def _auto_class(model_class: str) -> str:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from spade_t5.errors import ConfigError
+from spade_t5.errors import ConfigError, DataError
 from spade_t5.hf.export import export_run, model_card
+from spade_t5.testing import documented
 from spade_t5.training.reporting import METRICS_FILE
 
 STATE: dict[str, Any] = {
@@ -52,6 +53,16 @@ def test_model_card_of_a_run_whose_last_evaluation_overflowed(tmp_path: Path) ->
     ]
     (tmp_path / METRICS_FILE).write_text("\n".join(lines) + "\n")
     assert "- held-out loss: not finite at step 1,200" in model_card(STATE, tmp_path, 1)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff", "[" * 100_000])
+def test_model_card_of_a_run_with_broken_scores(content: str, tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text(content, encoding="latin-1")
+    with pytest.raises(
+        DataError, match=r"scores\.json: is no JSON object; remove it, or score the run again"
+    ) as caught:
+        model_card(STATE, tmp_path, 1)
+    documented(str(caught.value))
 
 
 def test_model_card_of_a_run_without_metrics(tmp_path: Path) -> None:
