@@ -204,10 +204,10 @@ def _loopback_store(timeout: timedelta) -> dist.TCPStore:
             "TORCHELASTIC_RUN_ID" in os.environ
         ):  # torchrun chose one that was free, and another program has taken it since
             raise RunAbortedError(
-                f"MASTER_PORT: {address}:{port} cannot be opened ({error.strerror}); start again"
+                f"MASTER_PORT: {address}:{port} cannot be opened ({os.strerror(error.errno or 0)}); start again"
             ) from None
         raise ConfigError(
-            f"MASTER_PORT: {address}:{port} cannot be opened ({error.strerror}); choose another port, or let spade-t5 launch choose one"
+            f"MASTER_PORT: {address}:{port} cannot be opened ({os.strerror(error.errno or 0)}); choose another port, or let spade-t5 launch choose one"
         ) from None
     return dist.TCPStore(
         address, port, launched_world_size(), is_master=True, timeout=timeout, master_listen_fd=listener.detach()

@@ -1,11 +1,14 @@
 """`spade-t5 launch local`: real processes under torchrun that are killed, stopped and asked to end."""
 
+import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
-import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,11 +20,14 @@ import pytest
 import torch
 
 from spade_t5.checkpoint import list_checkpoints
+from spade_t5.launch import supervisor
 from spade_t5.launch.cli import main
+from spade_t5.launch.local import local_launch
 from spade_t5.launch.rank import output_files
 from spade_t5.testing import documented, launch_ranks, run_command
 from spade_t5.testing.runs import assert_exact, attempts, lineage, write_recipe
 from spade_t5.training import data as training_data
+from spade_t5.training import stopping
 from spade_t5.training.deepspeed import DeepSpeedBackend
 
 SPADE_T5 = [sys.executable, "-m", "spade_t5.launch"]
@@ -36,9 +42,11 @@ class Launched:
         self._err = run_dir.parent / f"{run_dir.name}.err"
         command = [*SPADE_T5, "launch", "local", "--nproc-per-node", "2", *options]
         command += ["--", "pretrain", str(recipe), f"run_dir={run_dir}", *words]
-        with self._err.open("ab") as err:
+        reader, out = os.pipe()
+        os.close(reader)  # nobody reads what it prints, as behind `| head -1`
+        with self._err.open("ab") as err, os.fdopen(out, "wb") as closed:
             self._launcher = psutil.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                command, stdout=closed, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
 
     def __enter__(self) -> Self:
@@ -176,9 +184,30 @@ def test_stopped_by_sigterm_then_killed_then_finished(recipe: Path, undisturbed:
 def test_a_config_that_the_ranks_refuse_is_one_message_without_a_restart_or_a_trace(
     recipe: Path, tmp_path: Path
 ) -> None:
-    command = [*SPADE_T5, "launch", "local", "--nproc-per-node", "2", "--", "pretrain", str(recipe)]
+    logs, others = tmp_path / "logs", tmp_path / "logs" / "launch-of-another" / "rank-00000.err"
+
+    def launch_another() -> None:
+        others.parent.mkdir(parents=True)
+        others.write_text("its own\n")
+
+    meanwhile = threading.Timer(2, launch_another)
+    meanwhile.start()
+    command = [
+        *SPADE_T5,
+        "launch",
+        "local",
+        "--nproc-per-node",
+        "2",
+        "--log-dir",
+        str(logs),
+        "--",
+        "pretrain",
+        str(recipe),
+    ]
     done = run_command([*command, f"run_dir={tmp_path / 'run'}", "training.deepspeed=null"])
+    meanwhile.join()
     assert done.returncode == 2, done.stderr
+    assert [path for path in logs.rglob("*") if path.is_file()] == [others]
     assert done.stderr == (
         "spade-t5 launch: training.deepspeed: null, but 2 processes were launched; set training.deepspeed.zero_stage=1\n"
     )
@@ -191,6 +220,7 @@ def test_what_cannot_be_launched_is_said_in_one_line_before_anything_starts(
     own = (
         (["--nproc-per-node", "0", "--", "pretrain", str(recipe)], "--nproc-per-node: 0 must be at least 1"),
         (["--nproc-per-node", "2", "--grace", "0", "--", "pretrain", str(recipe)], "--grace: 0 must be at least 1"),
+        (["--nproc-per-node", "2", "--grace", "nan", "--", "pretrain", str(recipe)], "--grace: nan must be at least 1"),
         (
             ["--nproc-per-node", "2", "--", "export", "run"],
             "export: only pretrain and finetune run on several processes",
@@ -216,6 +246,67 @@ def test_a_dry_run_shows_the_command_and_starts_nothing(
     assert out.rstrip().endswith(" ".join(words))
     assert "GLOO_SOCKET_IFNAME=lo" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_vanished_is_not_trained_anew(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    checkpoint = run_dir / "checkpoints" / "step-00000003"
+    attempts = []
+
+    def lose_checkpoints(group: supervisor._Group) -> supervisor.Ending:
+        attempts.append(group)
+        shutil.rmtree(lost)
+        run_dir.mkdir(exist_ok=True)  # as somebody may who writes to it
+        return supervisor.Ending(1, "")
+
+    monkeypatch.setattr(supervisor._Group, "run", lose_checkpoints)
+    for lost in (run_dir / "checkpoints", run_dir):
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "manifest.json").write_text("{}")
+        assert list_checkpoints(run_dir / "checkpoints")
+        launch = local_launch(
+            [], num_ranks=1, run_dir=run_dir, logs=tmp_path / "logs" / lost.name, max_restarts=3, grace_seconds=9
+        )
+        assert supervisor.supervise(launch) == 1
+        documented(capfd.readouterr().err)
+    assert len(attempts) == 2, "none was started again"
+
+
+def test_the_end_of_the_terminal_is_a_request_to_stop() -> None:
+    with supervisor._Stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal == signal.SIGTERM
+    with ignored(signal.SIGHUP), supervisor._Stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_requested, "nohup was asked for"
+
+
+@contextlib.contextmanager
+def ignored(number: signal.Signals) -> Iterator[None]:
+    before = signal.signal(number, signal.SIG_IGN)
+    yield
+    signal.signal(number, before)
+
+
+def test_folders_of_dead_launchers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    old, new = tmp_path / f"{supervisor.STATE_PREFIX}old", tmp_path / f"{supervisor.STATE_PREFIX}new"
+    old.mkdir()
+    new.mkdir()
+    with supervisor._state_folder() as own:
+        for folder in (old, own):
+            os.utime(folder, (0, 0))
+        supervisor._remove_left_folders()
+        assert {path.name for path in tmp_path.iterdir()} == {own.name, new.name}
+
+
+def test_the_allowed_time_counts_from_the_start_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_began", stopping._began)
+    stopping.count_wall_seconds_from(time.monotonic() - 100)
+    assert stopping.StopRequests(90).is_stopping
+    assert not stopping.StopRequests(200).is_stopping
 
 
 BROKEN_ON_RANK_1 = """
@@ -264,7 +355,7 @@ def sleep_for_ever(row: int) -> None:
         training_data._Collated.__getitem__ = hang  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("how", ["stopped", "loader"])
+@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.faults), "loader"])
 def test_a_hang_is_noticed_and_named_and_the_next_start_goes_on(
     how: str, recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -285,9 +376,7 @@ def test_a_hang_is_noticed_and_named_and_the_next_start_goes_on(
         group.wait(90)
         group.assert_gone()
     said = group.stderr(0)
-    expected = {"stopped": "did not answer in time", "loader": r"waits for its training rows in data of step \d+"}[
-        how
-    ]
+    expected = {"stopped": "did not answer in time", "loader": r"waits for its training rows in data of step \d+"}[how]
     assert re.search(rf"hanging: rank 1 \([^,]+, pid {group.ranks[1]}\) {expected}", said), said
     documented(next(line for line in said.splitlines() if line.startswith("hanging:")))
     for rank in (0, 1):
@@ -454,6 +543,8 @@ def test_a_second_request_ends_at_once_with_the_last_checkpoint_intact(
         launched.kill(number=signal.SIGTERM)
         assert launched.wait(10) == 75, launched.stderr
         assert_gone(processes)
+    said = [path.read_text() for path in launch_logs(run_dir).glob("rank-*.err")]
+    assert any("SIGTERM came twice" in text for text in said)
     assert run_command([*SPADE_T5, "verify", str(list_checkpoints(run_dir / "checkpoints")[-1])]).returncode == 0
 
 
@@ -464,5 +555,5 @@ def test_a_stopped_rank_is_named_and_replaced(rank: int, recipe: Path, undisturb
         launched.wait_for_steps(5)
         launched.kill(launched.ranks[rank], signal.SIGSTOP)
         assert launched.wait() == 0, launched.stderr
-    assert re.search(rf"hanging: rank {rank} \(.*, pid \d+\) did not answer", launched.stderr)
+    assert len(re.findall(rf"hanging: rank {rank} \(.*, pid \d+\) did not answer", launched.stderr)) == 1
     assert_exact(tmp_path / "run", undisturbed)
