@@ -50,16 +50,16 @@ _MIN_SECRET = 8
 _secrets: tuple[str, ...] = ()
 
 
-def hide_secrets_of(environment: Mapping[str, str]) -> None:
+def hide_secrets_of(variables: Mapping[str, str]) -> None:
     """Has the values of variables named like a token, key, secret or password masked from now on, instead of those named before."""
     global _secrets
-    values = {value for name, value in environment.items() if _SECRET_VARIABLE.search(name)}
+    values = {value for name, value in variables.items() if _SECRET_VARIABLE.search(name)}
     lines = {line.strip() for value in values for line in value.splitlines()}
     _secrets = tuple(sorted((line for line in lines if len(line) >= _MIN_SECRET), key=len, reverse=True))
 
 
 def without_credentials(text: str) -> str:
-    """A text whose URLs have lost their user, password and signatures, with tokens and secrets of the environment masked.
+    """A text whose URLs have lost their user, password and signatures, with tokens and the values that `hide_secrets_of` was given masked.
 
     >>> without_credentials("https://ann:pass@host/file?token=abc&part=2")
     'https://***@host/file?token=***&part=2'

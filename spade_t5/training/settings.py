@@ -107,7 +107,7 @@ def with_defaults(old: ConfigDict, config_class: type) -> ConfigDict:
     """
     names = {field.name for field in dataclasses.fields(config_class)}
     try:
-        known = from_mapping(config_class, {name: value for name, value in old.items() if name in names})
+        known: Any = from_mapping(config_class, {name: value for name, value in old.items() if name in names})
     except ConfigError:
         return old
     return {**old, **to_mapping(known)}

@@ -252,7 +252,7 @@ def test_a_setting_that_came_with_a_later_version_has_its_default_in_older_check
     old = copy.deepcopy(config)
     del (old if section is None else old[section])[key]
     check_changes(with_defaults(old, config_class), config)
-    with pytest.raises(ConfigError, match="training.global_batch_rows: was 4 in the checkpoint, is 8 now"):
+    with pytest.raises(ConfigError, match=r"training\.global_batch_rows: was 4 in the checkpoint, is 8 now"):
         check_changes(with_defaults(old, config_class), changed(config, "training.global_batch_rows", 8))
     unreadable = {**old, "training": {}}
     assert with_defaults(unreadable, config_class) == unreadable
