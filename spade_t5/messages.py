@@ -16,9 +16,11 @@ _MAX_SHOWN = 200
 _MAX_INTEGER_BITS = 256
 
 _WORD = "token|key|apikey|secret|signature|sig|password|passwd|credentials?"
-_PASSWORD = r"[^\s/?#:@'\"]+:(?!\d+/)[^\s?#@'\"]+"  # may hold slashes; digits and a slash are a port and a path
+_PASSWORD = (
+    r"[^\s/?#:@'\"]{1,200}:(?!\d+/)[^\s?#@'\"]{1,400}"  # may hold slashes; digits and a slash are a port and a path
+)
 _MASKS = (
-    (re.compile(rf"\b([A-Za-z][A-Za-z0-9+.-]{{0,20}}://)(?:[^/\s?#]+|{_PASSWORD})@"), r"\1***@"),
+    (re.compile(rf"\b([A-Za-z][A-Za-z0-9+.-]{{0,20}}://)(?:[^/\s?#]{{1,600}}|{_PASSWORD})@"), r"\1***@"),
     # A path that was a URL has one slash left behind the colon; without a password it may as well be a path with a version.
     (re.compile(rf"\b([A-Za-z][A-Za-z0-9+.-]{{0,20}}:/){_PASSWORD}@"), r"\1***@"),
     # The word stands alone between signs, or begins with a capital after a small letter: X-Amz-Signature, accessToken, but not max_tokens.
