@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         code = supervise(launch)
     finally:
         if code == EXIT_USER_ERROR:  # a refused run leaves nothing behind
-            remove_empty([logs, *made])
+            remove_empty([logs])
+            remove_empty(made)
     return code
 
 
