@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from spade_t5.checkpoint import list_checkpoints, read_weights, verify_folder
 from spade_t5.hf import export
 from spade_t5.launch.cli import main
-from spade_t5.testing import documented
+from spade_t5.testing import disks, documented
 from spade_t5.testing.checkpoints import forge
 from spade_t5.testing.ranks import launch_ranks
 
@@ -189,13 +188,8 @@ def test_two_exports_to_one_folder(run: Path, tmp_path: Path, said: Said, monkey
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 kB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", path], check=True)
+    with disks.small_disk(tmp_path / "disk", "64k") as path:
+        yield path
 
 
 def test_a_full_disk(run: Path, tiny_disk: Path, said: Said) -> None:

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from spade_t5.checkpoint import (
     writing,
 )
 from spade_t5.errors import DataError, RunAbortedError, SaveError
-from spade_t5.testing import documented
+from spade_t5.testing import disks, documented
 from spade_t5.testing.checkpoints import KEEP_ALL, save, tiny_backend, train
 from spade_t5.testing.ranks import call_on_ranks
 from spade_t5.training import distributed
@@ -293,13 +292,8 @@ def test_times_are_those_of_the_slowest_rank(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", path], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", path], check=True)
+    with disks.small_disk(tmp_path / "disk", "3m") as path:
+        yield path
 
 
 def fill_disk(folder: str) -> list[str | None]:

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from spade_t5.checkpoint import (
 )
 from spade_t5.checkpoint.manifest import create, read_manifest
 from spade_t5.errors import RunAbortedError, SaveError
-from spade_t5.testing import documented
+from spade_t5.testing import disks, documented
 from spade_t5.testing.checkpoints import KEEP_ALL, save, tiny_backend, train
 from spade_t5.testing.ranks import call_on_ranks
 from spade_t5.training.backend import Backend
@@ -321,13 +320,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", path], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "--lazy", path], check=True)
+    with disks.small_disk(tmp_path / "disk", "3m") as path:
+        yield path
 
 
 def test_a_disk_that_is_full_at_any_point(trained: Backend, small_disk: Path) -> None:
@@ -361,12 +355,12 @@ def test_a_disk_that_turns_read_only(trained: Backend, small_disk: Path) -> None
     writer = CheckpointSaver(folder, KEEP_ALL)
     writer.save(snapshot(trained, 1))
     writer.wait()
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    disks.remount(small_disk, "ro")
     writer.save(snapshot(trained, 2))
     with pytest.raises(SaveError, match="Read-only file system") as failure:
         writer.wait()
     documented(str(failure.value))
-    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    disks.remount(small_disk, "rw")
     writer.save(snapshot(trained, 3))
     writer.wait()
     assert newest_good_checkpoint(folder) == folder / "step-00000003"

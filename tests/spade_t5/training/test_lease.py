@@ -15,7 +15,7 @@ import pytest
 
 from spade_t5.checkpoint.manifest import whole_file
 from spade_t5.errors import ConfigError, RunAbortedError
-from spade_t5.testing import call_on_ranks, documented
+from spade_t5.testing import call_on_ranks, disks, documented
 from spade_t5.training.lease import LEASE_FILE, Holder, Lease
 from spade_t5.training.watchdog import process_start
 
@@ -200,19 +200,12 @@ def test_a_lease_that_is_read_in_the_middle_of_a_write_is_read_again(tmp_path: P
 
 
 def test_a_lease_on_a_disk_that_fails_is_given_up_silently(tmp_path: Path) -> None:
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "tmpfs", place]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        held = Lease(place, on_loss=lambda: None)
+    with disks.small_disk(tmp_path / "disk", "64k") as disk:
+        held = Lease(disk, on_loss=lambda: None)
         held.take()
-        subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+        disks.remount(disk, "ro")
         held.release()
-        assert (place / LEASE_FILE).exists()
-    finally:
-        subprocess.run(["umount", place], check=True)
+        assert (disk / LEASE_FILE).exists()
 
 
 @pytest.mark.parametrize("loss", ["taken over", "gone", "folder gone"])

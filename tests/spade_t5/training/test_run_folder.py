@@ -19,7 +19,7 @@ from spade_t5.checkpoint import save_checkpoint
 from spade_t5.config import read_yaml
 from spade_t5.errors import ConfigError, DataError, RunAbortedError, StopRequestedError
 from spade_t5.pretrain.run import PretrainConfig
-from spade_t5.testing import call_on_ranks, documented, launch_ranks
+from spade_t5.testing import call_on_ranks, disks, documented, launch_ranks
 from spade_t5.training.backend import SingleProcess
 from spade_t5.training.config import TrainingConfig
 from spade_t5.training.lease import LEASE_FILE
@@ -179,38 +179,27 @@ def test_a_folder_below_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_new", [False, True])
-def test_a_read_only_disk(is_new: bool, mounted: Callable[[str], Path]) -> None:
-    place = mounted("size=1m")
+def test_a_read_only_disk(is_new: bool, disk: Path) -> None:
     if not is_new:
-        (place / "run").mkdir()
-    mounted("remount,ro")
-    assert f"{'made' if is_new else 'written'} (Read-only file system); choose another folder" in refused(place / "run")
+        (disk / "run").mkdir()
+    disks.remount(disk, "ro")
+    assert f"{'made' if is_new else 'written'} (Read-only file system); choose another folder" in refused(disk / "run")
 
 
-def test_a_full_disk_at_the_start(mounted: Callable[[str], Path]) -> None:
-    place = mounted("size=64k")
-    (place / "run").mkdir()
-    ballast = os.open(place / "ballast", os.O_CREAT | os.O_WRONLY)
-    while os.statvfs(place).f_bavail:
+def test_a_full_disk_at_the_start(disk: Path) -> None:
+    (disk / "run").mkdir()
+    ballast = os.open(disk / "ballast", os.O_CREAT | os.O_WRONLY)
+    while os.statvfs(disk).f_bavail:
         os.write(ballast, bytes(4096))
     os.close(ballast)
-    assert "cannot be written (No space left on device); choose another folder" in refused(place / "run")
+    assert "cannot be written (No space left on device); choose another folder" in refused(disk / "run")
 
 
 @pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small disk, or changes how it is mounted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
-        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting is not permitted here")
-        return place
-
-    yield mount
-    subprocess.run(["umount", place], check=False)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    with disks.small_disk(tmp_path / "disk", "64k") as place:
+        yield place
 
 
 def test_two_runs_of_one_folder_in_one_process(tmp_path: Path) -> None:
@@ -412,23 +401,21 @@ def test_a_fault_is_not_hidden_by_a_folder_that_is_gone(tmp_path: Path) -> None:
     assert not run.exists()
 
 
-def test_a_folder_that_cannot_be_written_when_the_run_begins(mounted: Callable[[str], Path]) -> None:
-    place = mounted("size=1m")
-
+def test_a_folder_that_cannot_be_written_when_the_run_begins(disk: Path) -> None:
     def attempt(name: str, act: Callable[[RunFolder], None]) -> None:
         with pytest.raises(ConfigError) as caught:
             act_on_failing_disk(name, act)
-        line = f"run_dir: {place / name} cannot be written (Read-only file system); choose another folder"
+        line = f"run_dir: {disk / name} cannot be written (Read-only file system); choose another folder"
         assert str(caught.value) == line
         documented(line)
 
     def act_on_failing_disk(name: str, act: Callable[[RunFolder], None]) -> None:
         try:
-            with open_run_folder(place / name, Resume()) as folder:
-                subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+            with open_run_folder(disk / name, Resume()) as folder:
+                disks.remount(disk, "ro")
                 act(folder)
         finally:
-            subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+            disks.remount(disk, "rw")
 
     attempt("begin", lambda folder: folder.begin(CONFIG))
     attempt("write", lambda folder: folder.write(lambda: (folder.path / "a").touch()))
