@@ -144,25 +144,28 @@ class Campaign:
             deepspeed={"zero_stage": self.zero_stage, "persistence_threshold_numel": 5000},
         )
         undisturbed = self.folder / "undisturbed"
-        self._start_seconds, self._seconds = self._finish(undisturbed)
+        start_seconds, self._seconds = self._finish(undisturbed)
+        assert start_seconds is not None, "a new run makes steps"
+        self._start_seconds = start_seconds
         while len(self.kills) < len(aims):
             run_dir = self.folder / f"run-{self.num_runs}"
             is_finished = False
             while len(self.kills) < len(aims) and not is_finished:
                 is_finished = self._kill(run_dir, aims[len(self.kills)])
             if not is_finished:
-                self.restart_seconds.append(self._finish(run_dir)[0])
+                restart_seconds, _ = self._finish(run_dir)
+                if restart_seconds is not None:
+                    self.restart_seconds.append(restart_seconds)
             assert_exact(run_dir, undisturbed)
             self.num_runs += 1
             self.num_redone_steps += len(attempts(run_dir)) - STEPS
 
-    def _finish(self, run_dir: Path) -> tuple[float, float]:
-        """Trains to the end; returns the seconds to the first step and to the end."""
+    def _finish(self, run_dir: Path) -> tuple[float | None, float]:
+        """Trains to the end; returns the seconds to the first step, if any was left to be made, and to the end."""
         launch = self._launch(run_dir)
         with launch.group as group:
             launch.watch(lambda: time.monotonic() - group.started > 300)
             _assert_finished(group)
-        assert launch.first_step_seconds is not None
         return launch.first_step_seconds, time.monotonic() - group.started
 
     def _launch(self, run_dir: Path) -> _Launch:
