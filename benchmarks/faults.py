@@ -66,7 +66,7 @@ class Kill:
     precision: str
     kind: str
     written_step: int | None
-    """Step of the checkpoint whose unfinished folder the last process left behind; None: the kill was inside no write."""
+    """Step of the checkpoint that was being written, and was not published; None: the kill was inside no write."""
     last_step: int
     """Last step that was made, 0 for none."""
     kept_step: int
@@ -196,6 +196,7 @@ class Campaign:
             if not group.is_running():
                 _assert_finished(group)
                 return True
+            at_write = set(_unfinished(run_dir, launch.started))
             killed_at = time.monotonic()
             group.kill(KINDS[aim.kind])
             if aim.kind in ("launcher", "all"):
@@ -205,14 +206,17 @@ class Campaign:
             gone_seconds = time.monotonic() - killed_at
         if launch.first_step_seconds is not None and kept_before:
             self.restart_seconds.append(launch.first_step_seconds)
-        unfinished = _unfinished(run_dir, launch.started)
+        # The main rank removes what it was writing where it outlives another rank for a moment.
+        at_write |= set(_unfinished(run_dir, launch.started))
+        kept_step = _kept_step(run_dir)
+        written = [step for name in at_write if (step := _step_of(name)) > kept_step]
         kill = Kill(
             zero_stage=self.zero_stage,
             precision=self.precision,
             kind=aim.kind,
-            written_step=int(unfinished[0].removeprefix(".step-").removesuffix(".tmp")) if unfinished else None,
+            written_step=max(written, default=None),
             last_step=max([step for step, _ in attempts(run_dir)[-1:]], default=0),
-            kept_step=_kept_step(run_dir),
+            kept_step=kept_step,
             gone_seconds=gone_seconds,
         )
         assert kill.kept_step >= kept_before, f"checkpoint {kept_before} is gone: {kill}"
@@ -383,6 +387,10 @@ def _unfinished(run_dir: Path, since: float) -> list[str]:
             if path.stat().st_ctime >= since:
                 found.append(path.name)
     return found
+
+
+def _step_of(unfinished: str) -> int:
+    return int(unfinished.removeprefix(".step-").removesuffix(".tmp"))
 
 
 def _kept_step(run_dir: Path) -> int:
