@@ -80,9 +80,9 @@ class Kill:
         return self.last_step - self.kept_step
 
     def check(self) -> None:
-        """Asserts that at most one save interval is lost; inside a write, at most one before the step that was being written."""
-        until = self.last_step if self.written_step is None else self.written_step
-        assert until - self.kept_step <= SAVE_EVERY_STEPS, f"too much is lost: {self}"
+        """Asserts that at most one save interval is lost, counted up to the step whose checkpoint was begun last."""
+        begun_step = self.last_step - self.last_step % SAVE_EVERY_STEPS
+        assert begun_step - self.kept_step <= SAVE_EVERY_STEPS, f"too much is lost: {self}"
 
 
 @dataclass(kw_only=True, slots=True)
