@@ -407,7 +407,13 @@ def test_a_fault_of_a_thread_is_shown_without_credentials(capsys: pytest.Capture
 
 def test_ctrl_c_is_one_line_and_exit_code_75(tmp_path: Path) -> None:
     words = ["tokenizer", "corpus.name=pydocs", "vocab_size=8000", f"out={tmp_path / 'tokenizer'}"]
-    process = subprocess.Popen([*SPADE_T5, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*SPADE_T5, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in the background ignore
+    )
     deadline = time.monotonic() + 120
     while b"_sentencepiece" not in Path(f"/proc/{process.pid}/maps").read_bytes():  # the command has begun
         assert process.poll() is None, process.communicate()

@@ -275,17 +275,18 @@ def test_a_run_folder_that_vanished_is_not_trained_anew(
 
 
 def test_the_end_of_the_terminal_is_a_request_to_stop() -> None:
-    with supervisor._Stop() as stop:
+    with handled(signal.SIGHUP, signal.SIG_DFL), supervisor._Stop() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.signal == signal.SIGTERM
-    with ignored(signal.SIGHUP), supervisor._Stop() as stop:
+    with handled(signal.SIGHUP, signal.SIG_IGN), supervisor._Stop() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.is_requested, "nohup was asked for"
 
 
 @contextlib.contextmanager
-def ignored(number: signal.Signals) -> Iterator[None]:
-    before = signal.signal(number, signal.SIG_IGN)
+def handled(number: signal.Signals, handler: signal.Handlers) -> Iterator[None]:
+    """Whatever the tests themselves were started with."""
+    before = signal.signal(number, handler)
     yield
     signal.signal(number, before)
 
