@@ -15,7 +15,7 @@ from typing import ClassVar
 from spade_t5.data.files import BadRows, read_rows
 from spade_t5.errors import ConfigError, DataError
 from spade_t5.finetune.task import Row
-from spade_t5.messages import one_line
+from spade_t5.messages import reason_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -45,7 +45,7 @@ class HubSource:
         try:
             table = datasets.load_dataset(self.dataset, subset, split=split, revision=self.revision)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = one_line(" ".join(str(error).split()), max_bytes=300)
+            reason = reason_of(error)
             raise DataError(
                 f"data set {origin}: cannot be loaded ({reason}); give local files as the task's source"
             ) from None

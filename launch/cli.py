@@ -19,7 +19,7 @@ from spade_t5.launch.requirements import check_requirements
 from spade_t5.messages import OneLineFormatter, hide_secrets_of, one_line, show_fault
 from spade_t5.training import distributed
 from spade_t5.training.outcome import is_outcome, record_outcome, record_outcomes_in
-from spade_t5.training.stopping import BrokenOffError, InterruptingStops, count_wall_seconds_from
+from spade_t5.training.stopping import EXIT_STOPPED, BrokenOffError, InterruptingStops, count_wall_seconds_from
 
 COMMANDS = {
     "tokenizer": "train a SentencePiece tokenizer with sentinels, or take over an existing one",
@@ -43,7 +43,6 @@ RUNS = ("pretrain", "finetune", "launch")
 
 EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
-EXIT_STOPPED = 75
 
 
 class OneLineErrorParser(argparse.ArgumentParser):

@@ -25,7 +25,7 @@ BEGAN_VARIABLE = "SPADE_T5_BEGAN"
 """When the launcher began, by the monotonic clock of this machine in seconds."""
 
 PR_SET_PDEATHSIG = 1
-EXIT_STOPPED = 75
+EXIT_STOPPED = 75  # as in spade_t5/training/stopping.py, which would import PyTorch
 
 
 def output_files(logs: Path, rank: int) -> tuple[Path, Path]:

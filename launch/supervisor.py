@@ -27,11 +27,9 @@ from typing import NamedTuple
 from spade_t5.checkpoint import list_checkpoints
 from spade_t5.errors import ConfigError
 from spade_t5.launch import rank as rank_script
+from spade_t5.launch.cli import EXIT_FAULT, EXIT_USER_ERROR
 from spade_t5.training.outcome import Outcome, read_outcomes
-from spade_t5.training.stopping import EXIT_STOPPED, SAME_REQUEST_SECONDS, SIGNALS
-
-EXIT_FAULT = 1
-EXIT_USER_ERROR = 2
+from spade_t5.training.stopping import EXIT_STOPPED, SAME_REQUEST_SECONDS, SIGNALS, SignalHandler
 
 POLL_SECONDS = 0.1
 REST_SECONDS = 10.0
@@ -150,24 +148,15 @@ def supervise(launch: Launch) -> int:
     raise AssertionError("the loop ends by returning")
 
 
-class _Stop:
+class _Stop(SignalHandler):
     """Requests to stop that this process gets while it is entered as a context."""
 
     def __init__(self) -> None:
+        is_under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        super().__init__(SIGNALS if is_under_nohup else (*SIGNALS, signal.SIGHUP))
         self.signal: signal.Signals | None = None
         self.at = 0.0
         self.second_at: float | None = None
-
-    def __enter__(self) -> "_Stop":
-        numbers = [*SIGNALS]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-            numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     @property
     def is_requested(self) -> bool:

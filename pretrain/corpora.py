@@ -13,7 +13,7 @@ from spade_t5.data.files import BadRows, TextDocuments, check_suffix, expand_pat
 from spade_t5.data.lines import MAX_LINE_BYTES
 from spade_t5.data.pydocs import PyDoc, Split, read_pydocs, split_of
 from spade_t5.errors import DataError
-from spade_t5.messages import one_line, without_credentials
+from spade_t5.messages import reason_of, without_credentials
 
 
 class Document(NamedTuple):
@@ -154,7 +154,7 @@ class HubCorpus:
         )
 
     def _failure(self, error: Exception) -> DataError:
-        reason = one_line(" ".join(str(error).split()), max_bytes=300)
+        reason = reason_of(error)
         return DataError(f"corpus.dataset: {self.dataset} cannot be loaded: {reason}")
 
 

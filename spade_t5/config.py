@@ -20,7 +20,7 @@ from typing import Any, TypeVar, Union
 import yaml
 
 from spade_t5.errors import ConfigError
-from spade_t5.messages import one_line, shown, without_credentials
+from spade_t5.messages import one_line, reason_of, shown, without_credentials
 
 T = TypeVar("T")
 ConfigDict = dict[str, Any]
@@ -83,7 +83,7 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError("nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         # A value that does not fit its tag, such as `!!bool maybe`, ends in whatever PyYAML's conversion stumbles over.
-        raise ValueError(one_line(" ".join(str(error).split()), max_bytes=400)) from None
+        raise ValueError(reason_of(error, max_bytes=400)) from None
     _check_extent(content)
     return content
 

@@ -97,6 +97,11 @@ def one_line(text: str, *, max_bytes: int = MAX_MESSAGE_BYTES) -> str:
     return f"{encoded[:half].decode('utf-8', 'ignore')} ... {encoded[-half:].decode('utf-8', 'ignore')}"
 
 
+def reason_of(error: BaseException, *, max_bytes: int = 300) -> str:
+    """What an error of a library says, which may be many lines, as a part of a message."""
+    return one_line(" ".join(str(error).split()), max_bytes=max_bytes)
+
+
 def show_fault(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
     """Prints a traceback as Python does, each of its lines by `one_line`: what failed may have had credentials in its hands."""
     lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()

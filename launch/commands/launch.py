@@ -5,9 +5,9 @@ import importlib
 from pathlib import Path
 
 from spade_t5.errors import ConfigError
-from spade_t5.launch.cli import OneLineErrorParser
+from spade_t5.launch.cli import EXIT_USER_ERROR, OneLineErrorParser
 from spade_t5.launch.local import local_launch
-from spade_t5.launch.supervisor import EXIT_USER_ERROR, describe, supervise
+from spade_t5.launch.supervisor import describe, supervise
 from spade_t5.training.shared_folder import make_folder, remove_empty
 
 HANDS_ON_WORDS = True

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spade_t5.checkpoint.manifest import is_plain_name
 from spade_t5.checkpoint.tensor_file import TensorFile
 from spade_t5.errors import ConfigError, DataError, UserError
-from spade_t5.messages import one_line, shown
+from spade_t5.messages import reason_of, shown
 from spade_t5.training.backend import unique_state
 
 CONFIG = "config.json"
@@ -68,7 +68,7 @@ def local_folder(path_or_name: str | Path, *, files: Sequence[str]) -> Path:
             huggingface_hub.snapshot_download(name["name"], revision=name["revision"], allow_patterns=list(files))
         )
     except (OSError, ValueError) as error:
-        reason = one_line(" ".join(str(error).split()), max_bytes=300)
+        reason = reason_of(error)
         raise ConfigError(f"{text}: no such folder, and it cannot be had from the hub: {reason}") from None
 
 
@@ -106,7 +106,7 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
             raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        reason = one_line(" ".join(str(error).split()), max_bytes=200)
+        reason = reason_of(error, max_bytes=200)
         raise DataError(f"{folder / name}: not readable as JSON ({reason}); use another model") from None
     if not isinstance(content, dict):
         raise DataError(f"{folder / name}: holds a {type(content).__name__}, expected an object; use another model")
@@ -228,7 +228,7 @@ def read_by_library(origin: str | Path, what: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        reason = one_line(" ".join(str(error).split()), max_bytes=300)
+        reason = reason_of(error)
         raise ConfigError(f"{what}: {origin} cannot be read: {type(error).__name__}: {reason}") from None
 
 

@@ -3,16 +3,15 @@
 While it trains a request is a flag, which all ranks look at together; before and after, it breaks off whatever the process does.
 """
 
-import logging
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
 from spade_t5.errors import StopRequestedError
-
-logger = logging.getLogger("spade_t5")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_SECONDS = 1.0
@@ -32,18 +31,16 @@ class BrokenOffError(StopRequestedError):
     """The process was asked to stop where it did not train; other ranks need not know of it."""
 
 
-class InterruptingStops:
-    """Raises `BrokenOffError` in the main thread at SIGTERM or SIGUSR1, while it is entered as a context.
+class SignalHandler(ABC):
+    """Handles some signals while it is entered as a context, in the main thread."""
 
-    A request during the way out that this begins, if it is another one, ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self._received_at: float | None = None
+    def __init__(self, numbers: Iterable[signal.Signals]) -> None:
+        """Says which."""
+        self._numbers = tuple(numbers)
 
     def __enter__(self) -> Self:
         """Takes the signals over; only the main thread can."""
-        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._before = {number: signal.signal(number, self._on_signal) for number in self._numbers}
         return self
 
     def __exit__(
@@ -52,6 +49,21 @@ class InterruptingStops:
         """Gives the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @abstractmethod
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """What a signal does."""
+
+
+class InterruptingStops(SignalHandler):
+    """Raises `BrokenOffError` in the main thread at SIGTERM or SIGUSR1, while it is entered as a context.
+
+    A request during the way out that this begins, if it is another one, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__((signal.SIGTERM, signal.SIGUSR1))
+        self._received_at: float | None = None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -62,7 +74,7 @@ class InterruptingStops:
             _end_at_once(signal.Signals(number))
 
 
-class StopRequests:
+class StopRequests(SignalHandler):
     """Turns signals and the end of the allowed time into a flag that the training loop reads between steps.
 
     A second signal ends the process at once: what was saved stays, steps since then are lost.
@@ -70,20 +82,9 @@ class StopRequests:
 
     def __init__(self, max_wall_seconds: float | None) -> None:
         """`max_wall_seconds` counts from the start of the process, or of its launcher; None: no limit."""
+        super().__init__(SIGNALS)
         self._deadline = None if max_wall_seconds is None else _began + max_wall_seconds
         self._received: tuple[signal.Signals, float] | None = None
-
-    def __enter__(self) -> Self:
-        """Takes the signals over; only the main thread can."""
-        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Gives the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     @property
     def is_stopping(self) -> bool:

@@ -278,27 +278,21 @@ def test_what_is_short_and_printable_stays() -> None:
     assert shown(10**6) == "1000000"
 
 
+def make_and_export(folder: Path, tokenizer: Path) -> None:
+    """A store, a run and an exported model, all in one folder."""
+    store, run = folder / "store", folder / "run"
+    corpus = ["corpus.name=pydocs", "corpus.packages=[json,logging,argparse,textwrap]"]
+    assert main(["prepare", *corpus, f"tokenizer={tokenizer}", f"out={store}"]) == 0
+    words = ["pretrain", "demo", f"run_dir={run}", f"data.store={store}", "objective.inputs_length=32"]
+    assert main([*words, "data.max_eval_rows=2", *SMALL]) == 0
+    assert main(["export", str(run), "--out", str(folder / "model")]) == 0
+
+
 def test_files_are_not_writable_for_everybody(tmp_path: Path, tokenizer: Path) -> None:
     before = os.umask(0)
     try:
         folder = tmp_path / "out"
-        store = folder / "store"
-        assert (
-            main(
-                [
-                    "prepare",
-                    "corpus.name=pydocs",
-                    "corpus.packages=[json,logging,argparse,textwrap]",
-                    f"tokenizer={tokenizer}",
-                    f"out={store}",
-                ]
-            )
-            == 0
-        )
-        run = folder / "run"
-        words = ["pretrain", "demo", f"run_dir={run}", f"data.store={store}", "objective.inputs_length=32"]
-        assert main([*words, "data.max_eval_rows=2", *SMALL]) == 0
-        assert main(["export", str(run), "--out", str(folder / "model")]) == 0
+        make_and_export(folder, tokenizer)
     finally:
         os.umask(before)
     found = [path for path in folder.rglob("*") if not path.is_symlink()]
@@ -317,21 +311,6 @@ def test_nothing_is_written_outside_of_what_was_named(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     foreign = refuse_writes([tmp_path / "out"])
-    store, run = tmp_path / "out" / "store", tmp_path / "out" / "run"
-    assert (
-        main(
-            [
-                "prepare",
-                "corpus.name=pydocs",
-                "corpus.packages=[json,logging,argparse,textwrap]",
-                f"tokenizer={tokenizer}",
-                f"out={store}",
-            ]
-        )
-        == 0
-    )
-    words = ["pretrain", "demo", f"run_dir={run}", f"data.store={store}", "objective.inputs_length=32"]
-    assert main([*words, "data.max_eval_rows=2", *SMALL]) == 0
-    assert main(["export", str(run), "--out", str(tmp_path / "out" / "model")]) == 0
+    make_and_export(tmp_path / "out", tokenizer)
     assert not foreign
     assert not list(elsewhere.iterdir())

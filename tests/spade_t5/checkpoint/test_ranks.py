@@ -28,6 +28,7 @@ from spade_t5.testing.checkpoints import KEEP_ALL, save, tiny_backend, train
 from spade_t5.testing.ranks import call_on_ranks
 from spade_t5.training import distributed
 from spade_t5.training.averaging import WeightAverage
+from spade_t5.training.backend import Backend
 from spade_t5.training.deepspeed import start_processes
 from spade_t5.training.optimizers import AdamWConfig, OptimizerConfig, RMSScaledAdamWConfig
 
@@ -115,6 +116,15 @@ def test_from_any_to_any(optimizer: str, tmp_path: Path) -> None:
     assert torch.equal(whole["first.weight"].flatten(), first["ema/first.weight"])
 
 
+def message_of_save(writer: CheckpointSaver, backend: Backend, step: int) -> str | None:
+    writer.save(take_snapshot(backend, step=step, facts={}))
+    try:
+        writer.wait()
+    except SaveError as error:
+        return str(error)
+    return None
+
+
 def fail_on_rank_1(folder: str) -> list[str | None]:
     """The disk of rank 1 fails in the second of three saves; returns the messages."""
     start_processes()
@@ -125,12 +135,7 @@ def fail_on_rank_1(folder: str) -> list[str | None]:
     write = writing.write_tensors
     for step in (1, 2, 3):
         writing.write_tensors = broken_disk if step == 2 and distributed.rank() == 1 else write
-        writer.save(take_snapshot(backend, step=step, facts={}))
-        try:
-            writer.wait()
-            messages.append(None)
-        except SaveError as error:
-            messages.append(str(error))
+        messages.append(message_of_save(writer, backend, step))
     writer.close()
     distributed.shutdown()
     return messages
@@ -304,12 +309,7 @@ def fill_disk(folder: str) -> list[str | None]:
     writer = CheckpointSaver(Path(folder), KEEP_ALL)
     messages: list[str | None] = []
     for step in (1, 2, 3):
-        writer.save(take_snapshot(backend, step=step, facts={}))
-        try:
-            writer.wait()
-            messages.append(None)
-        except SaveError as error:
-            messages.append(str(error))
+        messages.append(message_of_save(writer, backend, step))
     writer.close()
     distributed.shutdown()
     return messages
