@@ -33,7 +33,7 @@ COMMANDS = {
     "convert": "T5 1.1 or LongT5 to SPADE-T5, and back",
     "generate": "generate text from lines of text",
     "verify": "check a checkpoint, store or export against its manifest",
-    "bench": "measure kernels, the training step, the encoder, the data or GLUE beside their peers",
+    "bench": "measure kernels, training, data and GLUE beside their peers, and what saves and kills cost",
     "demo": "the whole story on the documentation of this Python installation",
 }
 """Name to summary; each is a module of `spade_t5.launch.commands` with `add_arguments` and `run`."""
