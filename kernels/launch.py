@@ -51,7 +51,12 @@ def launch_config(op: str, variant: str, device: torch.device) -> LaunchConfig:
     Returns:
         keyword arguments for the launch.
     """
-    return _lookup(op, variant, architecture(device))
+    return launch_config_on(op, variant, architecture(device))
+
+
+def launch_config_on(op: str, variant: str, wanted: str) -> LaunchConfig:
+    """The same for an architecture that need not be this machine's."""
+    return _lookup(op, variant, wanted)
 
 
 def architecture(device: torch.device) -> str:

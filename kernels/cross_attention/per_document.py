@@ -42,9 +42,9 @@ class DocumentPairs:
     @property
     def is_worth_while(self) -> bool:
         """Whether this beats a dense mask; on a CPU, where every document is a call, many short ones do not."""
-        if self.queries_P.is_cuda:
-            return True
-        return self.num_scores + _SCORES_OF_A_CALL * (len(self.query_ends_N1) - 1) < self.num_dense_scores
+        return self.queries_P.is_cuda or calls_save_work(
+            self.num_scores, len(self.query_ends_N1) - 1, self.num_dense_scores
+        )
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "DocumentPairs":
         """The same on another device, which model parallelism asks for."""
@@ -53,6 +53,11 @@ class DocumentPairs:
             for name in ("queries_P", "keys_S", "query_ends_N1", "key_ends_N1")
         }
         return dataclasses.replace(self, **tensors)
+
+
+def calls_save_work(num_scores: int, num_documents: int, num_dense_scores: int) -> bool:
+    """Whether a call for each document is faster on a CPU than one with a dense mask; the numbers as of `DocumentPairs`."""
+    return num_scores + _SCORES_OF_A_CALL * num_documents < num_dense_scores
 
 
 def pair_documents(query_documents_BT: Tensor | None, key_documents_BL: Tensor, num_queries: int) -> DocumentPairs:

@@ -10,6 +10,7 @@ Shapes: B batch, L length, H heads, K d_kv, G = (rows of the batch taken togethe
     they see.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,13 @@ def local_attention_blocked(
     dropout_seed = int(torch.randint(0, 2**62, (), device="cpu").item()) if dropout_p > 0.0 else None
     window = _Window(length=q_BLHK.shape[1], left=left, right=right)
     return _BlockedAttention.apply(q_BLHK, k_BLHK, v_BLHK, offset_bias, segment_ids, window, dropout_p, dropout_seed)
+
+
+@functools.lru_cache(maxsize=4096)
+def num_blocked_scores(length: int, left: int | None, right: int | None) -> int:
+    """Scores of one head in one row of `length` tokens: those that the window hides inside a block included."""
+    blocks = _Window(length=length, left=left, right=right).blocks()
+    return sum((block.end - block.start) * (block.key_end - block.key_start) for block in blocks)
 
 
 @dataclass(frozen=True)

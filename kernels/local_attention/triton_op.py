@@ -394,14 +394,23 @@ def _bias_gradient(walk: _Walk, near: Tensor, far: Tensor, batch: int, num_heads
 
 
 def _config(kernel: str, q: Tensor, left: int | None, right: int | None, dropout_p: float) -> LaunchConfig:
+    return launch_config(
+        "local_attention", config_variant(kernel, q.shape[3], q.dtype, left, right, dropout_p), q.device
+    )
+
+
+def config_variant(
+    kernel: str, d_kv: int, dtype: torch.dtype, left: int | None, right: int | None, dropout_p: float
+) -> str:
+    """Name of a class of problem in the table of launch configurations."""
     if left is not None and right is not None:
         window = "narrow" if max(left, right) <= _NARROW_TOKENS else "wide"
     else:
         window = "causal" if right == 0 else "full"
-    dtype = "/fp32" if q.dtype == torch.float32 else ""
+    precision = "/fp32" if dtype == torch.float32 else ""
     # The forward pass has registers to spare.
     dropout = "/dropout" if dropout_p > 0.0 and kernel != "fwd" else ""
-    return launch_config("local_attention", f"{kernel}/d{q.shape[3]}/{window}{dtype}{dropout}", q.device)
+    return f"{kernel}/d{d_kv}/{window}{precision}{dropout}"
 
 
 def _scalars(

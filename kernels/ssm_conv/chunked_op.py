@@ -83,7 +83,12 @@ def chunk_tokens(length: int, device: torch.device) -> int:
         length: of the rows, in tokens.
         device: where they are.
     """
-    return _tokens_of_class("long" if length >= 2048 else "medium" if length >= 512 else "short", device)
+    return _tokens_of_class(length_class(length), device)
+
+
+def length_class(length: int) -> str:
+    """Name of a class of row lengths in the table of launch configurations."""
+    return "long" if length >= 2048 else "medium" if length >= 512 else "short"
 
 
 # torch.compile takes the answer as a constant: it must not trace the table.
