@@ -19,6 +19,11 @@ LOGS_VARIABLE = "SPADE_T5_RANK_LOGS"
 LAUNCHER_VARIABLE = "SPADE_T5_LAUNCHER_PID"
 """Process id of the launcher, whose child torchrun is, whose children the ranks are."""
 
+PLACE_VARIABLE = "SPADE_T5_PLACE"
+"""Where the ranks of this machine stand among those of others: node, nodes, first rank, ranks in all, address and port of the first; absent
+where there are no other machines."""
+NODE_VARIABLE = "SPADE_T5_NODE"
+"""Name of this machine in a launch on many."""
 ATTEMPT_VARIABLE = "SPADE_T5_ATTEMPT"
 """How often the launcher has started the ranks again."""
 BEGAN_VARIABLE = "SPADE_T5_BEGAN"
@@ -62,6 +67,25 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
     os._exit(EXIT_STOPPED)
 
 
+def take_place() -> None:
+    """Turns torchrun's variables, which speak of this machine alone, into those of all machines."""
+    place = os.environ.get(PLACE_VARIABLE)
+    if place is None:
+        return
+    node, num_nodes, first_rank, world_size, address, port = place.split(",")
+    rank = str(int(first_rank) + int(os.environ["LOCAL_RANK"]))
+    os.environ.update(
+        RANK=rank,
+        ROLE_RANK=rank,
+        WORLD_SIZE=world_size,
+        ROLE_WORLD_SIZE=world_size,
+        GROUP_RANK=node,
+        GROUP_WORLD_SIZE=num_nodes,
+        MASTER_ADDR=address,
+        MASTER_PORT=port,
+    )
+
+
 def main() -> None:
     """Begins a rank."""
     # torchrun ignores these, so that a scheduler that signals every process does not break it off; what is ignored is inherited.
@@ -69,6 +93,7 @@ def main() -> None:
         signal.signal(number, _stop_early)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     die_with(int(os.environ[LAUNCHER_VARIABLE]), as_grandparent=True)
+    take_place()
     rank = int(os.environ["RANK"])
     for stream, path in enumerate(output_files(Path(os.environ[LOGS_VARIABLE]), rank), 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

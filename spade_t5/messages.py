@@ -55,9 +55,14 @@ _secrets: tuple[str, ...] = ()
 def hide_secrets_of(variables: Mapping[str, str]) -> None:
     """Has the values of variables named like a token, key, secret or password masked from now on, instead of those named before."""
     global _secrets
-    values = {value for name, value in variables.items() if _SECRET_VARIABLE.search(name)}
+    values = {value for name, value in variables.items() if is_secret_name(name)}
     lines = {line.strip() for value in values for line in value.splitlines()}
     _secrets = tuple(sorted((line for line in lines if len(line) >= _MIN_SECRET), key=len, reverse=True))
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable is named like a token, key, secret or password."""
+    return _SECRET_VARIABLE.search(name) is not None
 
 
 def without_credentials(text: str) -> str:

@@ -5,6 +5,7 @@ works in one process without a process group.
 """
 
 import ctypes
+import errno
 import gc
 import ipaddress
 import multiprocessing
@@ -165,8 +166,8 @@ def join(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     timeout = timedelta(seconds=timeout_seconds)
     place: dict[str, Any] = {}
-    if _meets_on_loopback():
-        place = {"store": _loopback_store(timeout), "rank": rank(), "world_size": launched_world_size()}
+    if _makes_own_store():
+        place = {"store": _own_store(timeout), "rank": rank(), "world_size": launched_world_size()}
     dist.init_process_group(backend_name(), timeout=timeout, **place)
 
 
@@ -181,18 +182,19 @@ def _check_place() -> None:
             raise ConfigError(f"{name}: {shown(value)} is not a number; set it, or start the ranks by spade-t5 launch")
 
 
-def _meets_on_loopback() -> bool:
-    """Whether the ranks make their own store, on this machine only; torchrun's agent may have made one for them."""
+def _makes_own_store() -> bool:
+    """Whether the first rank makes the store, at the address that all were given; torchrun's agent may have made one for them."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return False
     try:
-        return ipaddress.ip_address(os.environ["MASTER_ADDR"]).is_loopback
+        ipaddress.ip_address(os.environ["MASTER_ADDR"])
     except ValueError:
         return False  # a host name
+    return True
 
 
-def _loopback_store(timeout: timedelta) -> dist.TCPStore:
-    """The store at which ranks meet, which PyTorch by itself would offer to the whole network."""
+def _own_store(timeout: timedelta) -> dist.TCPStore:
+    """The store at which ranks meet, listening at its address only; PyTorch by itself would listen on every network."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank() > 0:
         return dist.TCPStore(address, port, launched_world_size(), is_master=False, timeout=timeout)
@@ -200,6 +202,8 @@ def _loopback_store(timeout: timedelta) -> dist.TCPStore:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.create_server((address, port), family=family)
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:  # an address that something in front of this machine has
+            return dist.TCPStore(address, port, launched_world_size(), is_master=True, timeout=timeout)
         if (
             "TORCHELASTIC_RUN_ID" in os.environ
         ):  # torchrun chose one that was free, and another program has taken it since

@@ -20,10 +20,12 @@ import pytest
 import torch
 
 from spade_t5.checkpoint import list_checkpoints
-from spade_t5.launch import supervisor
+from spade_t5.launch import group as launch_group
 from spade_t5.launch.cli import main
-from spade_t5.launch.local import local_launch
+from spade_t5.launch.ending import Ending
 from spade_t5.launch.rank import output_files
+from spade_t5.launch.stop_requests import LauncherStop
+from spade_t5.launch.supervisor import Supervision, supervise
 from spade_t5.testing import documented, launch_ranks, run_command
 from spade_t5.testing.runs import assert_exact, attempts, lineage, write_recipe
 from spade_t5.training import data as training_data
@@ -248,37 +250,32 @@ def test_a_dry_run_shows_the_command_and_starts_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_that_vanished_is_not_trained_anew(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_folder_that_vanished_is_not_trained_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     checkpoint = run_dir / "checkpoints" / "step-00000003"
     attempts = []
 
-    def lose_checkpoints(group: supervisor._Group) -> supervisor.Ending:
-        attempts.append(group)
+    def lose_checkpoints(number: int, logs: Path) -> Ending:
+        attempts.append(number)
         shutil.rmtree(lost)
         run_dir.mkdir(exist_ok=True)  # as somebody may who writes to it
-        return supervisor.Ending(1, "")
+        return Ending(1, "")
 
-    monkeypatch.setattr(supervisor._Group, "run", lose_checkpoints)
     for lost in (run_dir / "checkpoints", run_dir):
         checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / "manifest.json").write_text("{}")
         assert list_checkpoints(run_dir / "checkpoints")
-        launch = local_launch(
-            [], num_ranks=1, run_dir=run_dir, logs=tmp_path / "logs" / lost.name, max_restarts=3, grace_seconds=9
-        )
-        assert supervisor.supervise(launch) == 1
+        supervision = Supervision(run_dir=run_dir, logs=tmp_path / "logs" / lost.name, max_restarts=3)
+        assert supervise(supervision, lose_checkpoints, LauncherStop()) == 1
         documented(capfd.readouterr().err)
     assert len(attempts) == 2, "none was started again"
 
 
 def test_the_end_of_the_terminal_is_a_request_to_stop() -> None:
-    with handled(signal.SIGHUP, signal.SIG_DFL), supervisor._Stop() as stop:
+    with handled(signal.SIGHUP, signal.SIG_DFL), LauncherStop() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.signal == signal.SIGTERM
-    with handled(signal.SIGHUP, signal.SIG_IGN), supervisor._Stop() as stop:
+    with handled(signal.SIGHUP, signal.SIG_IGN), LauncherStop() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.is_requested, "nohup was asked for"
 
@@ -293,13 +290,13 @@ def handled(number: signal.Signals, handler: signal.Handlers) -> Iterator[None]:
 
 def test_folders_of_dead_launchers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    old, new = tmp_path / f"{supervisor.STATE_PREFIX}old", tmp_path / f"{supervisor.STATE_PREFIX}new"
+    old, new = tmp_path / f"{launch_group.STATE_PREFIX}old", tmp_path / f"{launch_group.STATE_PREFIX}new"
     old.mkdir()
     new.mkdir()
-    with supervisor._state_folder() as own:
+    with launch_group._state_folder() as own:
         for folder in (old, own):
             os.utime(folder, (0, 0))
-        supervisor._remove_left_folders()
+        launch_group.remove_left_folders()
         assert {path.name for path in tmp_path.iterdir()} == {own.name, new.name}
 
 
