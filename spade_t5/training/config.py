@@ -17,6 +17,11 @@ class DeepSpeedConfig:
     """0 copies everything to all ranks; 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = False
     """Keep the sharded optimizer states in host memory (ZeRO 1-3, GPUs only)."""
+    offload_parameters: bool = False
+    """ZeRO 3: keep the sharded parameters in host memory; each layer's are copied to the GPU when it runs (GPUs only)."""
+    hpz_partition_size: int = 1
+    """ZeRO 3: besides its shard over all ranks, every group of so many neighbouring ranks, best the GPUs of a node, holds a copy of the
+    parameters, so that the backward pass gathers them within the group (hierarchical partitioning, ZeRO++). 1: no second copy."""
     bucket_numel: int = 200_000_000
     """Number of elements reduced or gathered at once; smaller takes less memory."""
     persistence_threshold_numel: int = 100_000
@@ -26,6 +31,21 @@ class DeepSpeedConfig:
         """Checks the fields against each other."""
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3; set zero_stage or switch it off")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters: needs zero_stage 3; set zero_stage or switch it off")
+        if self.hpz_partition_size < 1:
+            raise ValueError(
+                f"hpz_partition_size: {self.hpz_partition_size} must be at least 1, which is no second copy"
+            )
+        if self.hpz_partition_size > 1 and self.zero_stage != 3:
+            raise ValueError(
+                f"hpz_partition_size: {self.hpz_partition_size} needs zero_stage 3, which shards parameters; set zero_stage=3 or "
+                "hpz_partition_size=1"
+            )
+        if self.hpz_partition_size > 1 and self.offload_parameters:
+            raise ValueError(
+                "hpz_partition_size: a second copy in each node and offload_parameters contradict each other; keep one"
+            )
         if self.bucket_numel < 1:
             raise ValueError(f"bucket_numel: {self.bucket_numel} must be positive")
 

@@ -34,7 +34,16 @@ from spade_t5.training.optimizers import Fragment
 
 
 def deepspeed_json(config: TrainingConfig, deepspeed: DeepSpeedConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration, derived from ours."""
+    """DeepSpeed's own configuration, derived from ours.
+
+    Raises:
+        ConfigError: groups of `hpz_partition_size` ranks do not make up all ranks.
+    """
+    if world_size % deepspeed.hpz_partition_size:
+        raise ConfigError(
+            f"training.deepspeed.hpz_partition_size: {deepspeed.hpz_partition_size} does not divide the {world_size} ranks; "
+            "set it to the number of GPUs of a node, or to 1"
+        )
     micro_batches = BatchShape(
         global_rows=config.global_batch_rows, micro_rows=config.micro_batch_rows, rank=0, world_size=world_size
     ).num_micro_batches
@@ -46,6 +55,10 @@ def deepspeed_json(config: TrainingConfig, deepspeed: DeepSpeedConfig, world_siz
     }
     if deepspeed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if deepspeed.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if deepspeed.hpz_partition_size > 1:
+        zero["zero_hpz_partition_size"] = deepspeed.hpz_partition_size
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_rows,
         "gradient_accumulation_steps": micro_batches,

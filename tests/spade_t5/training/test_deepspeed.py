@@ -19,7 +19,7 @@ from spade_t5.launch.cli import main
 from spade_t5.pretrain.corpora import PydocsCorpus
 from spade_t5.pretrain.prepare import PrepareConfig, prepare
 from spade_t5.pretrain.tokenizer import TokenizerConfig, train_tokenizer
-from spade_t5.testing import free_port, run_command, torchrun
+from spade_t5.testing import documented, free_port, run_command, torchrun
 from spade_t5.training import distributed
 from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
 from spade_t5.training.deepspeed import deepspeed_json
@@ -92,6 +92,26 @@ def test_json_offload() -> None:
     assert result["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     with pytest.raises(ValueError, match="offload_optimizer: needs zero_stage 1, 2 or 3"):
         DeepSpeedConfig(zero_stage=0, offload_optimizer=True)
+    zero = DeepSpeedConfig(zero_stage=3, offload_parameters=True)
+    result = deepspeed_json(settings(deepspeed=zero), zero, 1)
+    assert result["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    with pytest.raises(ValueError, match="offload_parameters: needs zero_stage 3"):
+        DeepSpeedConfig(zero_stage=2, offload_parameters=True)
+
+
+def test_json_hierarchical_partitioning() -> None:
+    zero = DeepSpeedConfig(zero_stage=3, hpz_partition_size=2)
+    assert deepspeed_json(settings(deepspeed=zero), zero, 4)["zero_optimization"]["zero_hpz_partition_size"] == 2
+    with pytest.raises(ConfigError, match="hpz_partition_size: 2 does not divide the 3 ranks") as caught:
+        deepspeed_json(settings(deepspeed=zero), zero, 3)
+    documented(str(caught.value))
+    for values, message in (
+        ({"zero_stage": 2}, "hpz_partition_size: 2 needs zero_stage 3"),
+        ({"zero_stage": 3, "offload_parameters": True}, "hpz_partition_size: a second copy in each node and offload"),
+        ({"zero_stage": 3, "hpz_partition_size": 0}, "hpz_partition_size: 0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DeepSpeedConfig(**{"hpz_partition_size": 2, **values})
 
 
 def test_a_group_of_another_size_than_launched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
