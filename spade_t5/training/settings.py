@@ -81,7 +81,8 @@ FIXED = (
 )
 LENGTHS = ("training.steps", "epochs")
 """Free where the learning rate of a step does not depend on how many there will be."""
-SCHEDULES_WITHOUT_END = ("constant", "inverse_sqrt")
+SCHEDULES_WITHOUT_END = ("constant", "inverse_sqrt", "wsd")
+"""Of these, those that have a decay do end."""
 
 
 def kind_of(key: str) -> Kind:
@@ -192,6 +193,10 @@ def _is_below(key: str, name: str) -> bool:
 
 
 def _is_free_length(key: str, old: ConfigDict, new: ConfigDict) -> bool:
-    return key in LENGTHS and all(
-        config["training"]["schedule"]["name"] in SCHEDULES_WITHOUT_END for config in (old, new)
-    )
+    return key in LENGTHS and all(_has_no_end(config["training"]["schedule"]) for config in (old, new))
+
+
+def _has_no_end(schedule: Mapping[str, Any]) -> bool:
+    """Whether the learning rate of a step does not depend on how many there will be."""
+    has_decay = any(schedule.get(name) is not None for name in ("decay_steps", "decay_share"))
+    return schedule["name"] in SCHEDULES_WITHOUT_END and not has_decay

@@ -4,11 +4,24 @@ import math
 
 import pytest
 
-from spade_t5.training.schedules import ConstantSchedule, CosineSchedule, InverseSqrtSchedule, LinearSchedule, Schedule
+from spade_t5.training.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    InverseSqrtSchedule,
+    LinearSchedule,
+    Schedule,
+    WSDSchedule,
+)
 
 
 @pytest.mark.parametrize(
-    "schedule", [ConstantSchedule(warmup_steps=4), LinearSchedule(warmup_steps=4), CosineSchedule(warmup_steps=4)]
+    "schedule",
+    [
+        ConstantSchedule(warmup_steps=4),
+        LinearSchedule(warmup_steps=4),
+        CosineSchedule(warmup_steps=4),
+        WSDSchedule(warmup_steps=4, decay_share=0.5),
+    ],
 )
 def test_warm_up_is_linear_and_ends_at_one(schedule: Schedule) -> None:
     assert [schedule.factor(step, 20) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
@@ -36,3 +49,35 @@ def test_inverse_sqrt_is_t5s_with_a_peak_of_one_hundredth() -> None:
     assert schedule.factor(5_000, 10**6) == 0.5
     with pytest.raises(ValueError, match="warmup_steps: 0"):
         InverseSqrtSchedule(warmup_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "quarter", "half"),
+    [
+        ("linear", 0.8, 0.6),
+        ("cosine", 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6),
+        ("1-sqrt", 0.6, 1 - 0.8 * math.sqrt(0.5)),
+    ],
+)
+def test_wsd_is_flat_and_then_falls_in_its_shape(shape: str, quarter: float, half: float) -> None:
+    schedule = WSDSchedule(warmup_steps=2, decay_steps=4, shape=shape, final_factor=0.2)  # type: ignore[arg-type]
+    factors = [schedule.factor(step, 10) for step in range(1, 11)]
+    assert factors[:6] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert factors[6:8] == pytest.approx([quarter, half])
+    assert factors[9] == pytest.approx(0.2)
+    assert factors[6:] == sorted(factors[6:], reverse=True)
+
+
+def test_wsd_decays_over_a_share_or_not_at_all() -> None:
+    share = WSDSchedule(decay_share=0.2)
+    assert [share.factor(step, 100) < 1 for step in (80, 81, 100)] == [False, True, True]
+    assert {WSDSchedule().factor(step, 10) for step in (1, 10)} == {1.0}
+    # a warm-up that reaches into the decay takes part in it
+    assert WSDSchedule(warmup_steps=8, decay_steps=4, shape="linear").factor(8, 8) == 0.0
+    for values, message in (
+        ({"decay_steps": 3, "decay_share": 0.1}, "decay_steps: has no effect beside decay_share"),
+        ({"decay_steps": 0}, "decay_steps: 0 must be at least 1"),
+        ({"decay_share": 1.5}, "decay_share: 1.5 must be above 0 and at most 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WSDSchedule(**values)

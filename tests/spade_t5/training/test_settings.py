@@ -17,6 +17,8 @@ from spade_t5.errors import ConfigError
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.pretrain.run import PretrainConfig
 from spade_t5.testing import documented
+from spade_t5.training.config import TrainingConfig
+from spade_t5.training.schedules import WSDSchedule
 from spade_t5.training.settings import (
     FIXED,
     FREE,
@@ -200,6 +202,22 @@ def test_the_length_is_free_where_the_schedule_has_no_end(key: str, schedule: st
         check_changes(old, turned)
     assert f"{key}: was " in str(caught.value)
     assert f"training.schedule.name: was '{schedule}'" in str(caught.value)
+
+
+def test_a_trunk_may_be_lengthened_freely_and_a_decay_is_asked_for() -> None:
+    trunk = changed(PRETRAIN, "training.schedule", to_mapping(WSDSchedule(warmup_steps=3)))
+    check_changes(trunk, changed(trunk, "training.steps", 20))
+    branch = changed(changed(trunk, "training.steps", 20), "training.schedule.decay_steps", 5)
+    with pytest.raises(ConfigError, match=r"training\.schedule\.decay_steps: was None .* training\.steps: was 10 "):
+        check_changes(trunk, branch)
+    check_changes(trunk, branch, ["training.steps", "training.schedule"])
+
+
+def test_checkpoints_of_runs_that_said_true_or_false_go_on() -> None:
+    for word, policy in ((True, "full"), (False, "none")):
+        old = with_defaults(changed(PRETRAIN, "training.gradient_checkpointing", word), PretrainConfig)
+        assert from_mapping(TrainingConfig, old["training"]).recomputation == policy
+        check_changes(old, PRETRAIN)
 
 
 def test_all_changes_are_named_at_once_and_a_variant_s_own_settings_too() -> None:
