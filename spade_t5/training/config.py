@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from spade_t5.training.optimizers import AdamWConfig, OptimizerConfig, check_zero_stage
+from spade_t5.training.recomputation import Recomputation
 from spade_t5.training.schedules import ConstantSchedule, Schedule
 from spade_t5.training.spikes import SpikesConfig
 from spade_t5.training.watchdog import TimeoutsConfig
@@ -72,8 +73,9 @@ class TrainingConfig:
     """fp32; bf16_autocast: fp32 parameters, matrix products in bf16; bf16: bf16 parameters with fp32 master weights (ZeRO 1-3)."""
     kernel_backend: Literal["auto", "triton", "torch", "naive"] = "auto"
     """What the model's ops run on; auto: SPADE_T5_BACKEND, or without it Triton on a GPU and torch on a CPU."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    gradient_checkpointing: Literal["none", "selective", "full", False, True] = "none"
+    """What layers keep for the backward pass: none: everything; selective: results of products, and norms, gates and dropout are computed
+    again; full: their input alone, and all of each layer is computed again. true and false, of older configs, are full and none."""
     deepspeed: DeepSpeedConfig | None = None
     """Null trains in one process without DeepSpeed."""
     seed: int = 0
@@ -136,3 +138,10 @@ class TrainingConfig:
             )
         if self.deepspeed is not None:
             check_zero_stage(self.optimizer, self.deepspeed.zero_stage)
+
+    @property
+    def recomputation(self) -> Recomputation:
+        """What `gradient_checkpointing` means, whichever words say it."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return "full" if self.gradient_checkpointing else "none"
+        return self.gradient_checkpointing

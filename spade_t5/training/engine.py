@@ -37,6 +37,7 @@ from spade_t5.training.data import Batch, BatchShape, Cursor, RowSource, Trainin
 from spade_t5.training.deepspeed import DeepSpeedBackend, start_processes
 from spade_t5.training.host_memory import keep_freed_memory
 from spade_t5.training.objectives import Objective
+from spade_t5.training.recomputation import recompute
 from spade_t5.training.reporting import Reporter, draw_loss_curve
 from spade_t5.training.skipping import SkippedSteps
 from spade_t5.training.spikes import SpikeDetector
@@ -91,8 +92,7 @@ class Trainer:
                 for the manifest.
         """
         start(config)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        recompute(model, config.recomputation)
         self.backend = make_backend(model, config)
         self.objective = objective
         self._steps = Steps(self.backend, objective, seed=config.seed, micro_batch_rows=config.micro_batch_rows)

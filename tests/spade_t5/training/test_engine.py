@@ -296,18 +296,6 @@ def test_bf16_autocast_keeps_fp32_weights(make_trainer: MakeTrainer, tmp_path: P
     assert rounded == pytest.approx(exact, rel=2e-2)
 
 
-def test_gradient_checkpointing_changes_nothing(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trainers = [
-        make_trainer(tmp_path / str(value), model=DROPOUT, gradient_checkpointing=value) for value in (False, True)
-    ]
-    assert any(getattr(part, "gradient_checkpointing", False) for part in trainers[1].backend.module.modules())
-    for trainer in trainers:
-        trainer.fit()
-    for key in ("loss", "grad_norm"):
-        plain, recomputed = (train_metrics(tmp_path / name, key) for name in ("False", "True"))
-        assert recomputed == pytest.approx(plain, rel=1e-6)
-
-
 def test_learning_rates_follow_schedule_and_group(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     options = {"optimizer": SGDConfig(learning_rate=0.5), "schedule": LinearSchedule(final_factor=0.25)}
     trainer = make_trainer(tmp_path / "run", model={"ssm_training": "full"}, ssm_learning_rate=0.1, **options)
