@@ -7,6 +7,7 @@ is lost when its connection breaks or is silent for too long. The next start wai
 
 import contextlib
 import json
+import os
 import queue
 import secrets
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from spade_t5.errors import ConfigError
 from spade_t5.launch.cli import EXIT_FAULT
 from spade_t5.launch.ending import GO_ON, Ending, GroupEnd, ending_of
 from spade_t5.launch.group import POLL_SECONDS, Place, popen_tied
@@ -87,7 +89,7 @@ class _Remote:
         self.port = 0
         self.is_taking_part = False
         self.end: GroupEnd | None = None
-        self.loss = ""
+        self.is_lost = False
         self.num_requests = 0
         self.was_told_to_end = False
 
@@ -97,7 +99,7 @@ class _Remote:
 
     def begin(self) -> None:
         """Forgets the start before."""
-        self.is_taking_part, self.end, self.loss = False, None, ""
+        self.is_taking_part, self.is_lost, self.end = False, False, None
         self.num_requests, self.was_told_to_end = 0, False
 
 
@@ -109,13 +111,21 @@ class Coordinator:
         self._gathering, self._stop = gathering, stop
         self._remotes = {machine.name: _Remote(machine) for machine in gathering.machines}
         self._new_links: queue.SimpleQueue[tuple[Link, Message]] = queue.SimpleQueue()
+        self._began = time.monotonic()
         self._is_first = True
         self._code = EXIT_FAULT
 
     def __enter__(self) -> Self:
         """Listens for the machines."""
         family = socket.AF_INET6 if ":" in self._gathering.address else socket.AF_INET
-        self._listener = socket.create_server((self._gathering.address, self._gathering.port), family=family)
+        address = self._gathering.address
+        try:
+            self._listener = socket.create_server((address, self._gathering.port), family=family)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ConfigError(
+                f"--address: this machine cannot listen at {address} ({reason}); give an address of this machine that all others reach"
+            ) from None
         host, port = self._listener.getsockname()[:2]
         self.place = f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -156,7 +166,7 @@ class Coordinator:
         self._is_first = False
         taking_part = [remote for remote in self._remotes.values() if remote.link is not None]
         self._start(taking_part, attempt, logs)
-        while any(remote.end is None and not remote.loss for remote in taking_part):
+        while any(remote.end is None and not remote.is_lost for remote in taking_part):
             self._pump()
             self._pass_on_requests(taking_part)
             self._end_all_after_one(taking_part)
@@ -166,7 +176,7 @@ class Coordinator:
             logs=logs,
             is_stop_requested=self._stop.is_requested,
             grace_seconds=self._gathering.grace_seconds,
-            lost="; ".join(remote.loss for remote in taking_part if remote.loss),
+            has_lost=any(remote.is_lost for remote in taking_part),
         )
 
     def _gather(self) -> Ending | None:
@@ -212,6 +222,7 @@ class Coordinator:
                     "do": "start",
                     "attempt": attempt,
                     "logs": str(logs.absolute()),
+                    "seconds": time.monotonic() - self._began,
                     "place": list(place),
                     "environment": self._gathering.environment,
                 },
@@ -264,8 +275,9 @@ class Coordinator:
         assert remote.link is not None
         remote.link.close()
         remote.link = None
-        if remote.is_taking_part and remote.end is None and not remote.loss:
-            remote.loss = f"lost {remote.name}: {how}"
+        if remote.is_taking_part and remote.end is None and not remote.is_lost:
+            remote.is_lost = True
+            say(f"lost {remote.name}: {how}")
 
     def _send(self, remote: _Remote, message: Message) -> None:
         if remote.link is not None:
@@ -285,7 +297,7 @@ class Coordinator:
                 return
             remote.process = None
             remote.failed_starts += 1
-            if code:
+            if code and remote.failed_starts & (remote.failed_starts - 1) == 0:  # the first, second, fourth, ... time
                 say(f"{remote.name}: the command that starts a node there ended with code {code}")
         if now - remote.started_at < START_PAUSE_SECONDS:
             return
@@ -324,7 +336,7 @@ class Coordinator:
 
     def _end_all_after_one(self, taking_part: list[_Remote]) -> None:
         """Tells the others once the ranks of a machine have failed, or it is lost."""
-        if not any(remote.loss or (remote.end is not None and _has_failed(remote.end)) for remote in taking_part):
+        if not any(remote.is_lost or (remote.end is not None and _has_failed(remote.end)) for remote in taking_part):
             return
         for remote in taking_part:
             if remote.end is None and not remote.was_told_to_end:

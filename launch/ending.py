@@ -58,7 +58,7 @@ class GroupEnd:
 
 
 def ending_of(
-    groups: Sequence[GroupEnd], *, logs: Path, is_stop_requested: bool, grace_seconds: float, lost: str = ""
+    groups: Sequence[GroupEnd], *, logs: Path, is_stop_requested: bool, grace_seconds: float, has_lost: bool = False
 ) -> Ending:
     """How a start of all ranks ended.
 
@@ -67,7 +67,7 @@ def ending_of(
         logs: folder of the ranks' output.
         is_stop_requested: whether the ranks were asked to stop.
         grace_seconds: how long they had for it.
-        lost: what is to be said of machines that could not tell; empty if all could.
+        has_lost: whether there are machines that could not tell, which was said already.
     """
     outcomes = [outcome for group in groups for outcome in group.outcomes]
     own = sorted((o for o in outcomes if not o.is_consequence), key=lambda outcome: outcome.seconds)
@@ -81,8 +81,10 @@ def ending_of(
             "steps since the last checkpoint are lost, start the same command again with a longer --grace",
         )
     stopped = [outcome for outcome in own if outcome.code == EXIT_STOPPED]
-    if lost:
-        return Ending(EXIT_STOPPED if is_stop_requested else EXIT_FAULT, lost)
+    if has_lost and is_stop_requested:
+        return Ending(EXIT_STOPPED, f"stopped on request; steps since the last checkpoint may be lost, {GO_ON}")
+    if has_lost:
+        return Ending(EXIT_FAULT, "")
     has_ended_well = len(own) == sum(group.num_ranks for group in groups) and not any(g.agent_code for g in groups)
     if has_ended_well and not stopped:
         return Ending(0, "")

@@ -13,7 +13,7 @@ from spade_t5.launch.coordinator import Coordinator, Gathering, Machine
 from spade_t5.launch.environment import forwarded
 from spade_t5.launch.group import LOOPBACK, Place, Ranks, Start, describe
 from spade_t5.launch.local import threads_per_rank
-from spade_t5.launch.remote_shell import address_towards, is_here, remote_words, same_place_words
+from spade_t5.launch.remote_shell import HOST, address_towards, is_here, remote_words, same_place_words
 from spade_t5.launch.stop_requests import LauncherStop
 from spade_t5.launch.supervisor import Supervision, supervise
 from spade_t5.messages import is_secret_name
@@ -81,7 +81,8 @@ def node_words(name: str, num_ranks: int, arguments: argparse.Namespace) -> list
 
 def _start_words(host: str, num_ranks: int, arguments: argparse.Namespace, remote_shell: str) -> list[str]:
     words = same_place_words(node_words(host, num_ranks, arguments))
-    return words if is_here(host) else remote_words(remote_shell, host, words)
+    is_direct = HOST not in remote_shell and is_here(host)  # a scheduler's command is used for this machine too
+    return words if is_direct else remote_words(remote_shell, host, words)
 
 
 def _own_address(hosts: Sequence[str]) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 
 from spade_t5.errors import ConfigError
 from spade_t5.launch import options
-from spade_t5.launch.cli import EXIT_FAULT
+from spade_t5.launch.cli import EXIT_FAULT, EXIT_USER_ERROR
+from spade_t5.launch.ending import GroupEnd
 from spade_t5.launch.environment import machine_variables
 from spade_t5.launch.group import POLL_SECONDS, Group, Place, Ranks, Start, remove_left_folders
 from spade_t5.launch.link import Link, LinkLostError, Message
@@ -28,6 +29,8 @@ from spade_t5.launch.rank import NODE_VARIABLE
 from spade_t5.launch.stop_requests import LauncherStop
 from spade_t5.launch.terminal import say
 from spade_t5.messages import shown
+from spade_t5.training.outcome import Outcome
+from spade_t5.training.shared_folder import PATIENCE_SECONDS
 from spade_t5.training.stopping import EXIT_STOPPED
 
 CONNECT_SECONDS = 5.0
@@ -66,8 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not introduction["secret"]:
         raise ConfigError(f"{SECRET_VARIABLE}: not set; give it the secret that the coordinator of this launch has")
     remove_left_folders()
-    began = time.monotonic()
-    with _NodeStop() as stop, _Node(arguments, introduction, began, stop) as node:
+    with _NodeStop() as stop, _Node(arguments, introduction, stop) as node:
         return node.serve(has_input=has_input)
 
 
@@ -86,13 +88,12 @@ class _NodeStop(LauncherStop):
 class _Node:
     """The state of this machine."""
 
-    def __init__(
-        self, arguments: argparse.Namespace, introduction: dict[str, Any], began: float, stop: LauncherStop
-    ) -> None:
-        self._arguments, self._introduction, self._began, self._stop = arguments, introduction, began, stop
+    def __init__(self, arguments: argparse.Namespace, introduction: dict[str, Any], stop: LauncherStop) -> None:
+        self._arguments, self._introduction, self._stop = arguments, introduction, stop
         self._link: Link | None = None
         self._group: Group | None = None
-        self._lost_at = self._tried_at = began
+        self._lost_at = time.monotonic()
+        self._tried_at = -CONNECT_PAUSE_SECONDS
         self._requests_told = 0
 
     def __enter__(self) -> "_Node":
@@ -135,7 +136,7 @@ class _Node:
             self._link.send({"do": "stop", "signal": int(self._stop.signal)})
         if self._group is not None and (end := self._group.poll()) is not None:
             self._end_group()
-            self._link.send({"do": "ended", "end": end.as_json(), "port": _free_port(self._link.local_address)})
+            self._report(end)
         self._link.beat()
         return None
 
@@ -192,8 +193,6 @@ class _Node:
 
     def _start(self, message: Message) -> None:
         assert self._link is not None
-        logs = Path(message["logs"])
-        logs.mkdir(parents=True, exist_ok=True)
         forwarded = message["environment"]
         num_ranks = self._arguments.nproc_per_node
         ranks = Ranks(
@@ -207,13 +206,39 @@ class _Node:
             },
             grace_seconds=self._arguments.grace,
         )
-        start = Start(logs, int(message["attempt"]), self._began, Place(*message["place"]))
-        self._group = Group(ranks, start, self._stop).__enter__()
+        logs, place = Path(message["logs"]), Place(*message["place"])
+        try:
+            _wait_for(logs)
+            began = time.monotonic() - float(message["seconds"])
+            self._group = Group(ranks, Start(logs, int(message["attempt"]), began, place), self._stop).__enter__()
+        except OSError as error:
+            reason = f"{self._arguments.name}: {error.filename or logs} cannot be written ({error.strerror})"
+            remedy = "give a run_dir, or a --log-dir, that all nodes share and may write"
+            self._report(_refused(place.first_rank, f"{reason}; {remedy}", num_ranks))
+
+    def _report(self, end: GroupEnd) -> None:
+        assert self._link is not None
+        self._link.send({"do": "ended", "end": end.as_json(), "port": _free_port(self._link.local_address)})
 
     def _end_group(self) -> None:
         if self._group is not None:
             self._group.__exit__(None, None, None)
             self._group = None
+
+
+def _wait_for(folder: Path) -> None:
+    """Waits until this machine sees a folder that another has just made."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not folder.is_dir() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _refused(first_rank: int, message: str, num_ranks: int) -> GroupEnd:
+    """The end of ranks that were never started, because something is wrong that starting again does not mend."""
+    outcome = Outcome(rank=first_rank, code=EXIT_USER_ERROR, message=message, seconds=time.time())
+    return GroupEnd(
+        num_ranks=num_ranks, outcomes=[outcome], agent_code=EXIT_USER_ERROR, reported_codes={}, agent_log=""
+    )
 
 
 def _introduction_of_input() -> dict[str, Any]:

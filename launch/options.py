@@ -74,7 +74,7 @@ def supervision_of(arguments: argparse.Namespace) -> Supervision:
     module = importlib.import_module(f"spade_t5.launch.commands.{name}")
     parser = OneLineErrorParser(prog=f"spade-t5 {name}", description=module.__doc__)
     module.add_arguments(parser)
-    run_dir = Path(module.read_config(parser.parse_intermixed_args(rest)).run_dir)
+    run_dir = module.run_dir_of(parser.parse_intermixed_args(rest))
     return Supervision(run_dir=run_dir, logs=arguments.log_dir or run_dir / "logs", max_restarts=arguments.max_restarts)
 
 

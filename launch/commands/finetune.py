@@ -1,6 +1,7 @@
 """Fine-tune a model on a task, score it and export it; several processes are started by `spade-t5 launch`."""
 
 import argparse
+from pathlib import Path
 
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.finetune.run import finetune
@@ -16,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_config(arguments: argparse.Namespace) -> FinetuneConfig:
     """The run that the arguments describe."""
     return load_recipe(FinetuneConfig, arguments.config, arguments.overrides, kind="finetune")
+
+
+def run_dir_of(arguments: argparse.Namespace) -> Path:
+    """The folder of the run that the arguments describe."""
+    return Path(read_config(arguments).run_dir)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Pretrain a model on a token store; several processes are started by `spade-t5 launch`."""
 
 import argparse
+from pathlib import Path
 
 from spade_t5.launch.config_files import add_run_arguments, load_recipe, resume_of
 from spade_t5.pretrain.run import PretrainConfig, pretrain
@@ -15,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_config(arguments: argparse.Namespace) -> PretrainConfig:
     """The run that the arguments describe."""
     return load_recipe(PretrainConfig, arguments.config, arguments.overrides, kind="pretrain")
+
+
+def run_dir_of(arguments: argparse.Namespace) -> Path:
+    """The folder of the run that the arguments describe."""
+    return Path(read_config(arguments).run_dir)
 
 
 def run(arguments: argparse.Namespace) -> None:
