@@ -5,7 +5,6 @@ The run folder is that of pretraining plus `predictions/<task>-<split>.jsonl`, `
 
 import dataclasses
 import logging
-import math
 import shutil
 from pathlib import Path
 
@@ -133,5 +132,5 @@ def bounded_by_epochs(training: TrainingConfig, epochs: float | None, rows_per_e
     """The engine's settings with no more steps than the epochs take."""
     if epochs is None:
         return training
-    steps = max(1, math.ceil(epochs * rows_per_epoch / training.global_batch_rows))
+    steps = max(1, training.step_rows.num_steps(epochs * rows_per_epoch))
     return dataclasses.replace(training, steps=min(training.steps, steps))

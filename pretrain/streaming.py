@@ -221,13 +221,16 @@ class StreamingRows:
         self.raw_lengths = np.array([pair.denoiser.lengths.raw for pair in pairs])
         self.renderer = Renderer(pairs, vocabulary, *widest(pairs))
 
-    def steps(self, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> Generator[StepBatches, None, None]:
+    def steps(
+        self, cursor: Cursor | None, num_steps: int, shape: BatchShape, *, first_step: int = 1
+    ) -> Generator[StepBatches, None, None]:
         """See `TrainingRows`."""
+        numbers = range(first_step, first_step + num_steps)
         slot = 0 if cursor is None else int(cursor["slot"])
         lanes = [LaneState()] * self.stream.lanes if cursor is None else [LaneState(*lane) for lane in cursor["lanes"]]
         if shape.rank == 0:
             self._warn_of_waste(_num_readers(shape))
-        reader = _Reader(self, slot, lanes, num_steps, shape)
+        reader = _Reader(self, slot, lanes, numbers, shape)
         loader = iter(
             DataLoader(
                 reader,
@@ -238,8 +241,8 @@ class StreamingRows:
             )
         )
         try:
-            for step in range(num_steps):
-                made: list[list[Made]] = [[] for _ in range(shape.num_micro_batches)]
+            for step in numbers:
+                made: list[list[Made]] = [[] for _ in range(shape.num_micro_batches_of(step))]
                 for _ in range(max(shape.workers, 1)):
                     part = next(loader)
                     if isinstance(part, UserError):
@@ -248,10 +251,10 @@ class StreamingRows:
                         micro_batch += more
                     for lane, state in zip(part.lanes, part.states, strict=True):
                         lanes[lane] = max(lanes[lane], state, key=_taken)
-                behind = slot + (step + 1) * shape.global_rows
+                slot += shape.rows_of(step)
                 yield StepBatches(
                     [self._render(micro_batch, shape.micro_rows) for micro_batch in made],
-                    {"slot": behind, "lanes": [list(lane) for lane in lanes]},
+                    {"slot": slot, "lanes": [list(lane) for lane in lanes]},
                 )
         finally:
             # Closes it now. Collected later, in a cycle with a traceback, it could not reach its workers and would wait for them in vain.
@@ -286,9 +289,9 @@ class _Reader(IterableDataset[StepPart | UserError]):
     """The parts of one reader, step after step; which reader it is depends on the process that it finds itself in."""
 
     def __init__(
-        self, rows: StreamingRows, slot: int, lanes: Sequence[LaneState], num_steps: int, shape: BatchShape
+        self, rows: StreamingRows, slot: int, lanes: Sequence[LaneState], steps: range, shape: BatchShape
     ) -> None:
-        self.rows, self.slot, self.lanes, self.num_steps, self.shape = rows, slot, list(lanes), num_steps, shape
+        self.rows, self.slot, self.lanes, self.steps, self.shape = rows, slot, list(lanes), steps, shape
 
     def __iter__(self) -> Iterator[StepPart | UserError]:
         worker = get_worker_info()
@@ -305,8 +308,10 @@ class _Reader(IterableDataset[StepPart | UserError]):
         lanes = {
             lane: Lane(self.rows.stream, lane, self.lanes[lane]) for lane in range(number % every, num_lanes, every)
         }
-        for step in range(self.num_steps):
-            slots = self.slot + step * shape.global_rows + np.arange(shape.global_rows)
+        first_slot = self.slot
+        for step in self.steps:
+            slots = first_slot + np.arange(shape.rows_of(step))
+            first_slot += len(slots)
             pairs = self.rows.order.draws(slots).pair
             rank_slots = slots[slots % shape.world_size == shape.rank]
             segments: dict[int, Tokens] = {}
@@ -314,7 +319,7 @@ class _Reader(IterableDataset[StepPart | UserError]):
             for slot, length in zip(slots[was_read], self.rows.raw_lengths[pairs[was_read]], strict=True):
                 segments[slot] = lanes[slot % num_lanes].take(length)
             made = []
-            for first in range(0, shape.num_micro_batches * shape.micro_rows, shape.micro_rows):
+            for first in range(0, shape.num_micro_batches_of(step) * shape.micro_rows, shape.micro_rows):
                 micro_slots = rank_slots[first : first + shape.micro_rows]
                 micro_pairs = pairs[micro_slots - slots[0]]
                 is_own = micro_slots % num_readers == number

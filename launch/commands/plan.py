@@ -152,6 +152,7 @@ def _rows(config: PretrainConfig, denoisers: Sequence[BoundDenoiser], phases: Se
     widest_inputs = max(denoiser.lengths.inputs for denoiser in denoisers)
     widest_targets = max(denoiser.lengths.targets for denoiser in denoisers)
     rows, steps = config.training.global_batch_rows, config.training.steps
+    all_rows = config.training.step_rows.before(steps + 1)
     if isinstance(config.data, StoreData) and config.data.packing == "best_fit":
         yield f"rows       {widest_inputs} inputs; documents are packed, longer ones divided, so how full they are depends on the text"
         return
@@ -162,11 +163,13 @@ def _rows(config: PretrainConfig, denoisers: Sequence[BoundDenoiser], phases: Se
         yield f"           {begin}{inputs / widest_inputs:.1%} of the inputs and {targets / widest_targets:.1%} of the targets hold tokens"
         yield f"           {begin}a step of {rows} rows takes {rows * raw:,.0f} raw tokens and scores {rows * targets:,.0f} targets"
     # The draws of a phase end where the next begins, or with the run.
-    begins = [min(phase.first_block * BLOCK_DRAWS, steps * rows) for phase in phases]
-    counts = [end - begin for begin, end in zip(begins, [*begins[1:], steps * rows], strict=True)]
+    begins = [min(phase.first_block * BLOCK_DRAWS, all_rows) for phase in phases]
+    counts = [end - begin for begin, end in zip(begins, [*begins[1:], all_rows], strict=True)]
     raw_lengths = [denoiser.lengths.raw for denoiser in denoisers]
     total = sum(count * phase.mean(raw_lengths) for count, phase in zip(counts, phases, strict=True))
     yield f"run        {steps:,} steps take {total:,.0f} raw tokens"
+    if config.training.batch_warmup is not None:
+        yield f"           the batch warms up: {all_rows:,} rows instead of {steps * rows:,}"
 
 
 def _from_stores(config: PretrainConfig, data: StoreData) -> Iterator[str]:
@@ -180,7 +183,7 @@ def _from_stores(config: PretrainConfig, data: StoreData) -> Iterator[str]:
         inputs, targets = rows.efficiency(0)
         widths = f"{rows.renderer.inputs_length} inputs, {rows.renderer.targets_length} targets"
         yield f"packing    {widths}: the first window of documents fills {inputs:.1%} and {targets:.1%}, {segments_per_row:.1f} segments a row"
-    num_draws = config.training.steps * config.training.global_batch_rows * segments_per_row
+    num_draws = config.training.step_rows.before(config.training.steps + 1) * segments_per_row
     block, rest = divmod(num_draws, BLOCK_DRAWS)
     order, pairs = rows.draws.order, rows.draws.pairs
     draws = order.counts_before(int(block)) + order.quotas(int(block)) * rest / BLOCK_DRAWS

@@ -35,8 +35,8 @@ class Backend(Protocol):
         """Context in which an objective runs the model."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a micro-batch's share of the loss."""
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Adds the gradient of a micro-batch's share of the loss; `is_last` where the step has no more of them."""
         ...
 
     def step(self, learning_rate_factor: float) -> float:
@@ -79,7 +79,7 @@ class SingleProcess:
         """Autocast to bf16 where asked for."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._is_autocast)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """Adds the gradient of a micro-batch's share of the loss."""
         loss.backward()
 

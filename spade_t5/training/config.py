@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from spade_t5.training.batch_warmup import BatchWarmupConfig, StepRows
 from spade_t5.training.optimizers import AdamWConfig, OptimizerConfig, check_zero_stage
 from spade_t5.training.recomputation import Recomputation
 from spade_t5.training.schedules import ConstantSchedule, Schedule
@@ -59,6 +60,8 @@ class TrainingConfig:
     """Number of optimizer steps."""
     global_batch_rows: int
     """Rows in one optimizer step, over all ranks and micro-batches."""
+    batch_warmup: BatchWarmupConfig | None = None
+    """Fewer rows in the first steps; null: every step has as many."""
     micro_batch_rows: int
     """Rows that one rank runs through the model at once; accumulation follows from it, a remainder is filled with empty rows."""
     optimizer: OptimizerConfig = field(default_factory=lambda: AdamWConfig(learning_rate=1e-3))
@@ -136,8 +139,18 @@ class TrainingConfig:
             raise ValueError(
                 "precision: bf16 keeps fp32 master weights in DeepSpeed's ZeRO 1-3; set deepspeed or use bf16_autocast"
             )
+        if self.batch_warmup is not None and self.batch_warmup.initial_rows > self.global_batch_rows:
+            raise ValueError(
+                f"batch_warmup: initial_rows {self.batch_warmup.initial_rows} is above global_batch_rows {self.global_batch_rows}; "
+                "lower it, or leave batch_warmup out"
+            )
         if self.deepspeed is not None:
             check_zero_stage(self.optimizer, self.deepspeed.zero_stage)
+
+    @property
+    def step_rows(self) -> StepRows:
+        """How many rows each step takes."""
+        return StepRows(self.global_batch_rows, self.batch_warmup)
 
     @property
     def recomputation(self) -> Recomputation:

@@ -1,7 +1,7 @@
 """From rows to the micro-batches of one rank.
 
 A source of training rows owns its order and its *cursor*, a few JSON values that say which row comes next. Step s of a run takes the next B
-rows for the global batch size B; rank r takes those whose place in the batch is r modulo the world size. So a resumed run, or a run on another
+rows, as many as `StepRows` gives it; rank r takes those whose place in the batch is r modulo the world size. So a resumed run, or a run on another
 number of ranks, meets the same rows in the same step, and nothing about the data needs to be saved but the cursor.
 """
 
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from spade_t5.errors import UserError
 from spade_t5.ops import check_segment_order
 from spade_t5.training import distributed
+from spade_t5.training.batch_warmup import BatchWarmupConfig, StepRows
 
 Batch = dict[str, Tensor]
 """What the model takes, and two more entries that the objective takes out: `sample_numbers` and `loss_groups`, both (B, S) int64.
@@ -40,7 +41,7 @@ class BatchShape:
     """How the rows of a step are shared out."""
 
     global_rows: int
-    """Rows of one optimizer step, over all ranks and micro-batches."""
+    """Rows of one optimizer step, over all ranks and micro-batches, behind the warm-up of the batch."""
     micro_rows: int
     """Rows that one rank runs through the model at once."""
     rank: int
@@ -49,11 +50,24 @@ class BatchShape:
     """Number of ranks."""
     workers: int = 0
     """Processes of this rank that prepare batches ahead; 0: none."""
+    warmup: BatchWarmupConfig | None = None
+    """Fewer rows in the first steps of the run; None: as many in every step."""
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of every rank in one step."""
-        return -(-self.global_rows // (self.world_size * self.micro_rows))
+        """Micro-batches of every rank in one step of the whole global batch."""
+        return self._micro_batches(self.global_rows)
+
+    def rows_of(self, step: int) -> int:
+        """Rows of step 1, 2, ... of the run."""
+        return StepRows(self.global_rows, self.warmup).of(step)
+
+    def num_micro_batches_of(self, step: int) -> int:
+        """Micro-batches of every rank in that step."""
+        return self._micro_batches(self.rows_of(step))
+
+    def _micro_batches(self, rows: int) -> int:
+        return -(-rows // (self.world_size * self.micro_rows))
 
 
 class StepBatches(NamedTuple):
@@ -79,8 +93,17 @@ class RowSource(Protocol):
 class TrainingRows(Protocol):
     """Rows to train on, in an order that the source decides."""
 
-    def steps(self, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> Generator[StepBatches, None, None]:
-        """One rank's share of the next `num_steps` steps behind a cursor; None starts at the first row."""
+    def steps(
+        self, cursor: Cursor | None, num_steps: int, shape: BatchShape, *, first_step: int = 1
+    ) -> Generator[StepBatches, None, None]:
+        """One rank's share of `num_steps` steps from the rows behind a cursor on; None starts at the first row.
+
+        Args:
+            cursor: where the rows of the first of these steps begin.
+            num_steps: how many steps.
+            shape: how the rows of a step are shared out.
+            first_step: number of the first of them in the run, which says how many rows it has.
+        """
         ...
 
     def merge_cursors(self, cursors: Sequence[Cursor]) -> Cursor:
@@ -102,12 +125,15 @@ class NumberedRows(ABC):
         first = 0 if cursor is None else int(cursor["row"])
         return range(first, first + count), {"row": first + count}
 
-    def steps(self, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> Generator[StepBatches, None, None]:
+    def steps(
+        self, cursor: Cursor | None, num_steps: int, shape: BatchShape, *, first_step: int = 1
+    ) -> Generator[StepBatches, None, None]:
         """See `TrainingRows`."""
-        sampler = _MicroBatchNumbers(self, cursor, num_steps, shape)
+        numbers = range(first_step, first_step + num_steps)
+        sampler = _MicroBatchNumbers(self, cursor, numbers, shape)
         batches = _batches(self, sampler, shape.workers)
-        for _ in range(num_steps):
-            micro_batches = [next(batches) for _ in range(shape.num_micro_batches)]
+        for step in numbers:
+            micro_batches = [next(batches) for _ in range(shape.num_micro_batches_of(step))]
             yield StepBatches(micro_batches, sampler.cursors.popleft())
 
     def merge_cursors(self, cursors: Sequence[Cursor]) -> Cursor:
@@ -151,14 +177,14 @@ def checked(batch: Batch) -> Batch:
 class _MicroBatchNumbers:
     """Row numbers of one rank's micro-batches, step after step, drawn as far ahead as the loader asks; remembers each step's cursor."""
 
-    def __init__(self, source: NumberedRows, cursor: Cursor | None, num_steps: int, shape: BatchShape) -> None:
+    def __init__(self, source: NumberedRows, cursor: Cursor | None, steps: range, shape: BatchShape) -> None:
         self.cursors: deque[Cursor] = deque()
-        self._source, self._cursor, self._num_steps, self._shape = source, cursor, num_steps, shape
+        self._source, self._cursor, self._steps, self._shape = source, cursor, steps, shape
 
     def __iter__(self) -> Iterator[list[int]]:
         cursor = self._cursor
-        for _ in range(self._num_steps):
-            rows, cursor = self._source.next_rows(cursor, self._shape.global_rows)
+        for step in self._steps:
+            rows, cursor = self._source.next_rows(cursor, self._shape.rows_of(step))
             self.cursors.append(cursor)
             yield from rank_rows(rows, self._shape)
 

@@ -158,10 +158,12 @@ class DeepSpeedBackend:
         """Nothing: DeepSpeed's own forward sets the precision."""
         return contextlib.nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """Adds the gradient of a micro-batch's share of the loss; DeepSpeed averages over ranks."""
+        # Told each time, since steps differ in their number of micro-batches while the batch warms up; DeepSpeed would count to the largest.
+        self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss, scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
+        if not is_last:
             self._engine.step()
 
     def step(self, learning_rate_factor: float) -> float:

@@ -190,8 +190,9 @@ class Trainer:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             workers=config.loader_workers,
+            warmup=config.batch_warmup,
         )
-        steps = self._train_rows.steps(self._cursor, config.steps - self._step, shape)
+        steps = self._train_rows.steps(self._cursor, config.steps - self._step, shape, first_step=self._step + 1)
         self._enter("compile")
         is_first = True
         started = time.monotonic()

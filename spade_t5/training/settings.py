@@ -60,6 +60,7 @@ ON_REQUEST = (
     "epochs",
     "training.steps",
     "training.global_batch_rows",
+    "training.batch_warmup",
     "training.optimizer",
     "training.schedule",
     "training.ssm_learning_rate",

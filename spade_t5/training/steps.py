@@ -94,7 +94,7 @@ class Steps:
                 loss_sums = self._loss_sums(batch)
             sums += _flat(loss_sums)
             if micro < len(micro_batches) - 1:
-                self._backend.backward(loss_sums.whole * scale)
+                self._backend.backward(loss_sums.whole * scale, is_last=False)
         # Copies are compared before the update, which at ZeRO 1-3 replaces them all.
         differing = differing_ranks(self._backend) if compares_copies else {}
         # A loss that no rank may learn from turns the last gradient into NaN on all of them. Then one test, that of the gradient's norm,

@@ -91,6 +91,14 @@ def test_a_schedule_has_a_column_for_each_phase(plan: Plan) -> None:
     assert f"700 steps take {10_000 * 568 + 1200 * 596.25:,.0f} raw tokens" in output
 
 
+def test_a_growing_batch_takes_fewer_rows(plan: Plan) -> None:
+    code, output, _ = plan("training.batch_warmup={initial_rows: 8, steps: 100}", "objective.inputs_length=512")
+    assert code == 0
+    rows = 100 * 8 + 600 * 16
+    assert f"700 steps take {rows * 568:,} raw tokens" in output
+    assert f"the batch warms up: {rows:,} rows instead of 11,200" in output
+
+
 def test_a_store_gives_its_sentinels_and_how_often_it_is_seen(plan: Plan, store: Path) -> None:
     code, output, _ = plan("objective.inputs_length=64", store=store)
     assert code == 0

@@ -29,6 +29,7 @@ from spade_t5.pretrain.order import Order
 from spade_t5.pretrain.permutation import permute
 from spade_t5.pretrain.streaming import StreamingData, StreamingRows
 from spade_t5.testing import dev_data, run_command, torchrun
+from spade_t5.training.batch_warmup import BatchWarmupConfig, StepRows
 from spade_t5.training.data import Batch, BatchShape, Cursor, evaluation_batches
 from spade_t5.training.reporting import read_metrics
 
@@ -108,16 +109,23 @@ def unpadded(batch: Batch) -> Rows:
 
 
 def train(
-    rows: StreamingRows, steps: int, *, world: int = 1, workers: int = 0, cursor: Cursor | None = None
+    rows: StreamingRows,
+    steps: int,
+    *,
+    world: int = 1,
+    workers: int = 0,
+    cursor: Cursor | None = None,
+    warmup: BatchWarmupConfig | None = None,
+    first_step: int = 1,
 ) -> tuple[list[Rows], Cursor]:
     """The rows of each step over all ranks, one rank after another, and the cursor that they would save."""
     found: list[Rows] = [{} for _ in range(steps)]
     cursors = []
     for rank in range(world):
-        shape = BatchShape(global_rows=ROWS, micro_rows=2, rank=rank, world_size=world, workers=workers)
+        shape = BatchShape(global_rows=ROWS, micro_rows=2, rank=rank, world_size=world, workers=workers, warmup=warmup)
         last = None
-        for step, (micro_batches, behind) in enumerate(rows.steps(cursor, steps, shape)):
-            assert len(micro_batches) == shape.num_micro_batches
+        for step, (micro_batches, behind) in enumerate(rows.steps(cursor, steps, shape, first_step=first_step)):
+            assert len(micro_batches) == shape.num_micro_batches_of(first_step + step)
             slots = []
             for batch in micro_batches:
                 assert len(batch["input_ids"]) == 2
@@ -164,6 +172,22 @@ def test_slots_are_the_segments_of_lanes_in_turn(
             used[lane] += length
             examples = denoiser.corrupt_documents(segment, [length], [slot], seed=SEED)
             assert found[slot] == (examples.inputs.tolist(), examples.targets.tolist())
+
+
+def test_a_growing_batch_takes_the_same_slots_and_a_cursor_continues_it(
+    rows: StreamingRows, expected: list[Rows]
+) -> None:
+    slots = {slot: row for found in expected for slot, row in found.items()}
+    warmup = BatchWarmupConfig(initial_rows=1, steps=4)
+    sizes = [StepRows(ROWS, warmup).of(step) for step in range(1, 7)]
+    assert sizes[0] < sizes[3] < sizes[4] == ROWS
+    begun, cursor = train(rows, 2, world=2, warmup=warmup)
+    continued, behind = train(rows, 4, world=3, workers=1, cursor=cursor, warmup=warmup, first_step=3)
+    first = 0
+    for found, size in zip([*begun, *continued], sizes, strict=True):
+        assert found == {slot: slots[slot] for slot in range(first, first + size)}
+        first += size
+    assert behind["slot"] == first
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
