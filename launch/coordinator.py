@@ -36,6 +36,8 @@ MAX_FAILED_STARTS = 3
 """Attempts in a row that may fail before the first start of the ranks; later a machine may take its time, to boot for one."""
 FINISH_SECONDS = 10.0
 """How long the machines' processes have to end in the end."""
+SHOW_SECONDS = 1.0
+"""How long the last words of a machine's process are waited for; what it started may hold its output open."""
 STOP_MARGIN_SECONDS = 30.0
 """How much longer than the ranks may take to stop a machine may take to say so."""
 
@@ -112,6 +114,7 @@ class Coordinator:
         self._remotes = {machine.name: _Remote(machine) for machine in gathering.machines}
         self._new_links: queue.SimpleQueue[tuple[Link, Message]] = queue.SimpleQueue()
         self._began = time.monotonic()
+        self._showing: list[threading.Thread] = []
         self._is_first = True
         self._code = EXIT_FAULT
 
@@ -145,6 +148,8 @@ class Coordinator:
                 process.wait(max(deadline - time.monotonic(), 0))
             process.kill()
             process.wait()
+        for thread in self._showing:
+            thread.join(SHOW_SECONDS)
 
     def finish(self, code: int) -> int:
         """Says with which code this launch ends, and returns it."""
@@ -320,7 +325,8 @@ class Coordinator:
             process.stdin.flush()  # type: ignore[union-attr]
         for stream, pipe in ((1, process.stdout), (2, process.stderr)):
             assert pipe is not None
-            threading.Thread(target=_show, args=(pipe, stream), daemon=True).start()
+            self._showing.append(threading.Thread(target=_show, args=(pipe, stream), daemon=True))
+            self._showing[-1].start()
 
     def _pass_on_requests(self, taking_part: list[_Remote]) -> None:
         stop = self._stop
