@@ -122,8 +122,16 @@ def test_a_machine_finds_its_interface_and_has_caches_of_its_own(
     assert "GLOO_SOCKET_IFNAME" not in machine_variables("198.51.100.7", {})
 
 
+@pytest.mark.parametrize(
+    ("shell", "first"), [("false", "ended with code 1"), ("/no/such/shell", "cannot be started (No such file")]
+)
 def test_a_host_that_cannot_be_reached_ends_the_launch_and_names_it(
-    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    shell: str,
+    first: str,
+    tmp_path: Path,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(coordinator, "START_PAUSE_SECONDS", 0.1)
     recipe = write_recipe(tmp_path / "recipe.yaml", [store], steps=2)
@@ -131,13 +139,12 @@ def test_a_host_that_cannot_be_reached_ends_the_launch_and_names_it(
     hosts.write_text("198.51.100.7 slots=1\n")
     words = ["launch", "hostfile", "--hostfile", str(hosts), "--address", "127.0.0.1", "--max-restarts", "0"]
     run_words = ["--", "pretrain", str(recipe), f"run_dir={tmp_path / 'run'}"]
-    for shell, first in (("false", "ended with code 1"), ("/no/such/shell", "cannot be started (No such file")):
-        assert main([*words, "--remote-shell", shell, *run_words]) == 1
-        said = capfd.readouterr().err.splitlines()
-        assert any(first in line for line in said), said
-        assert any("198.51.100.7: the command that starts a node there failed 3 times" in line for line in said), said
-        for line in said:
-            documented(line)
+    assert main([*words, "--remote-shell", shell, *run_words]) == 1
+    said = capfd.readouterr().err.splitlines()
+    assert any(first in line for line in said), said
+    assert any("198.51.100.7: the command that starts a node there failed 3 times" in line for line in said), said
+    for line in said:
+        documented(line)
 
 
 def test_what_is_wrong_is_said_before_anything_starts(
