@@ -9,6 +9,7 @@ from spade_t5.flops.executed import Machine, executed_flops
 from spade_t5.flops.layout import BatchLayout
 from spade_t5.flops.model import model_flops
 from spade_t5.training.data import Batch
+from spade_t5.training.recomputation import Recomputation
 
 
 class Flops(NamedTuple):
@@ -30,7 +31,7 @@ class FlopsCounter:
         backend: str,
         device_type: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        recomputes_layers: bool = False,
+        recomputation: Recomputation = "none",
         has_decoder: bool = True,
         architecture: str = "sm_90",
     ) -> None:
@@ -41,7 +42,7 @@ class FlopsCounter:
             backend: that the ops run on, "torch", "triton" or "naive": `spade_t5.ops.backend_in_use`.
             device_type: "cpu" or "cuda".
             dtype: of the matrix products, bfloat16 under autocast too.
-            recomputes_layers: activation checkpointing computes every layer again in the backward pass.
+            recomputation: activation checkpointing, what the backward pass computes again.
             has_decoder: the model is an encoder-decoder and labels are target tokens; else it classifies documents.
             architecture: of the GPU, such as "sm_90"; it decides the tiles of the Triton kernels.
         """
@@ -50,7 +51,7 @@ class FlopsCounter:
             backend=backend,
             device_type=device_type,
             dtype=dtype,
-            recomputes_layers=recomputes_layers,
+            recomputation=recomputation,
             architecture=architecture,
         )
 

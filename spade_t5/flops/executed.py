@@ -9,7 +9,7 @@ that is computed:
     cross    4 I and 10 I by torch's fused attention, 8 I by its plain one; document by document, or B T L where that is faster
 
 The SSM runs by Fourier transforms of documents of similar length, padded to the longest of them, or by chunks (triton). Activation
-checkpointing runs the forward pass of every layer again.
+checkpointing runs the forward pass of every layer again if it is full; selective, what it cannot keep: attention in blocks and transforms.
 """
 
 import math
@@ -25,6 +25,7 @@ from spade_t5.kernels.cross_attention.per_document import calls_save_work
 from spade_t5.kernels.local_attention.torch_blocked import num_blocked_scores
 from spade_t5.kernels.ssm_conv.torch_fft import fft_length
 from spade_t5.layers.segments import chunk_segments
+from spade_t5.training.recomputation import Recomputation
 
 _SIDES = 2  # of an encoder's convolution
 
@@ -39,8 +40,8 @@ class Machine:
     """"cpu" or "cuda"."""
     dtype: torch.dtype
     """Of the products: float32, or bfloat16 under autocast too."""
-    recomputes_layers: bool
-    """Activation checkpointing of whole layers."""
+    recomputation: Recomputation
+    """Activation checkpointing."""
     architecture: str
     """Of the GPU, such as "sm_90"; it decides Triton's tiles."""
 
@@ -68,21 +69,26 @@ def executed_flops(config: SpadeT5Config, layout: BatchLayout, machine: Machine,
     """Forward and backward pass of one batch."""
     products = Products.of(config)
     inputs, targets = layout.rows * layout.inputs_length, layout.rows * layout.targets_length
-    layers = _products(products.encoder * inputs) + _encoder_attention(config, layout, machine)
-    layers += _convolution(config, layout, machine).times(len(config.global_layers))
-    last_products = products.encoder_last * inputs
+    with_weights, last_products = _products(products.encoder * inputs), products.encoder_last * inputs
+    local = _encoder_attention(config, layout, machine)
+    local += _convolution(config, layout, machine).times(len(config.global_layers))
+    cross = _Passes()
     if has_decoder:
-        layers += _products(products.decoder * targets + products.cross * inputs)
-        layers += _decoder_attention(config, layout, machine)
+        with_weights += _products(products.decoder * targets + products.cross * inputs)
         last_products += products.decoder_last * targets
+        local += _causal_attention(config, layout, machine)
+        cross = _cross_attention(config, layout, machine)
         head = _products(products.head * targets)
     else:
         documents = layout.rows * layout.label_columns
         pooling = 2 * documents * layout.inputs_length * config.d_model
         head = _products(products.classifier * documents) + _Passes(pooling, pooling)
+    layers = with_weights + local + cross
     repeated = 0.0
-    if machine.recomputes_layers:
+    if machine.recomputation == "full":
         repeated = layers.forward - (last_products if _skips_last_product(config, machine) else 0)
+    elif machine.recomputation == "selective" and machine.backend != "triton":
+        repeated = local.forward  # Triton's operators are kept as one result each
     total = layers + head
     return float(total.forward + total.backward + repeated)
 
@@ -107,15 +113,19 @@ def _encoder_attention(config: SpadeT5Config, layout: BatchLayout, machine: Mach
     )
 
 
-def _decoder_attention(config: SpadeT5Config, layout: BatchLayout, machine: Machine) -> _Passes:
-    """Causal and cross-attention of all decoder layers."""
+def _causal_attention(config: SpadeT5Config, layout: BatchLayout, machine: Machine) -> _Passes:
+    """Of all decoder layers."""
+    causal = _local_attention(config, machine, layout.rows, layout.targets_length, layout.decoder_segment_ids, None, 0)
+    return causal.times(config.num_decoder_layers or config.num_layers)
+
+
+def _cross_attention(config: SpadeT5Config, layout: BatchLayout, machine: Machine) -> _Passes:
+    """Of all decoder layers."""
     inner = config.num_heads * config.d_kv
-    rows, length = layout.rows, layout.targets_length
-    causal = _local_attention(config, machine, rows, length, layout.decoder_segment_ids, None, 0)
     scores = _cross_scores(config, layout, machine)
     is_fused = machine.backend != "naive" and (machine.device_type == "cuda" or config.dropout_rate == 0.0)
     cross = _Passes(4 * inner * scores, (10 if is_fused else 8) * inner * scores)
-    return (causal + cross).times(config.num_decoder_layers or config.num_layers)
+    return cross.times(config.num_decoder_layers or config.num_layers)
 
 
 def _local_attention(

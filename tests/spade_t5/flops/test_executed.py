@@ -10,6 +10,7 @@ from spade_t5.flops import FlopsCounter
 from spade_t5.layers.head import TokenLossConfig
 from spade_t5.testing.torch_flops import torch_flops
 from spade_t5.training.data import Batch
+from spade_t5.training.recomputation import Recomputation, recompute
 
 
 def sentences(rows: int, inputs: int, targets: int) -> Batch:
@@ -41,7 +42,7 @@ def counted_and_seen(
     batch: Batch,
     *,
     precision: torch.dtype = torch.float32,
-    recomputes: bool = False,
+    recomputation: Recomputation = "none",
     backend: str = "torch",
     **fields: Any,
 ) -> tuple[float, int]:
@@ -49,8 +50,7 @@ def counted_and_seen(
     config = SpadeT5Config.from_preset("tiny", vocab_size=100, **fields)
     torch.manual_seed(0)
     model = SpadeT5ForConditionalGeneration(config).train()
-    if recomputes:
-        model.gradient_checkpointing_enable()
+    recompute(model, recomputation)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -58,23 +58,23 @@ def counted_and_seen(
         loss.backward()
 
     step()  # which fills the caches of the frozen state-space model
-    counter = FlopsCounter(config, backend=backend, dtype=precision, recomputes_layers=recomputes)
+    counter = FlopsCounter(config, backend=backend, dtype=precision, recomputation=recomputation)
     return counter.batch(batch).executed, torch_flops(step)
 
 
-@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
 @pytest.mark.parametrize("attention", ["window", "full", "chunk"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_whole_rows(attention: str, precision: torch.dtype, recomputes: bool) -> None:
+def test_whole_rows(attention: str, precision: torch.dtype, recomputation: Recomputation) -> None:
     counted, seen = counted_and_seen(
-        sentences(2, 200, 57), precision=precision, recomputes=recomputes, local_attention=attention
+        sentences(2, 200, 57), precision=precision, recomputation=recomputation, local_attention=attention
     )
     assert counted == pytest.approx(seen, rel=1e-3)
 
 
-@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
-def test_packed_rows(recomputes: bool) -> None:
-    counted, seen = counted_and_seen(packed(), recomputes=recomputes)
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+def test_packed_rows(recomputation: Recomputation) -> None:
+    counted, seen = counted_and_seen(packed(), recomputation=recomputation)
     assert counted == pytest.approx(seen, rel=2e-3)
 
 
@@ -91,12 +91,13 @@ def test_packed_rows(recomputes: bool) -> None:
     ids=lambda fields: "-".join(fields),
 )
 def test_variants_of_the_model(fields: dict[str, Any]) -> None:
-    for recomputes in (False, True):
+    modes: tuple[Recomputation, ...] = ("none", "full")
+    for recomputation in modes:
         for precision in (torch.float32, torch.bfloat16):
             counted, seen = counted_and_seen(
-                sentences(1, 130, 20), recomputes=recomputes, precision=precision, **fields
+                sentences(1, 130, 20), recomputation=recomputation, precision=precision, **fields
             )
-            assert counted == pytest.approx(seen, rel=3e-3), (recomputes, precision)
+            assert counted == pytest.approx(seen, rel=3e-3), (recomputation, precision)
 
 
 def test_padded_rows_whose_masks_hide_tokens() -> None:
