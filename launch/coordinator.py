@@ -209,6 +209,7 @@ class Coordinator:
             return Ending(
                 EXIT_FAULT,
                 f"{names}: {why}; {num_there} of {len(self._remotes)} nodes are there, --nnodes demands {self._gathering.min_machines}",
+                is_final=True,
             )
         say(f"going on with {num_there} of {len(self._remotes)} nodes, without {names}")
         return None

@@ -20,6 +20,8 @@ class Ending(NamedTuple):
     code: int
     message: str
     """One line; empty if there is nothing to say."""
+    is_final: bool = False
+    """Whether another start would end likewise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,7 +72,7 @@ def _supervise(supervision: Supervision, attempt: Attempt, stop: LauncherStop) -
             say(ending.message)
         if ending.code == EXIT_USER_ERROR and number == 0:  # a refused run leaves its folder as it was
             shutil.rmtree(logs, ignore_errors=True)
-        if ending.code != EXIT_FAULT or stop.is_requested:
+        if ending.code != EXIT_FAULT or ending.is_final or stop.is_requested:
             return ending.code
         newest_now = _newest_checkpoint(run_dir)
         if _identity(run_dir) != run_folder or (newest is not None and newest_now is None):

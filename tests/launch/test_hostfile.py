@@ -137,12 +137,13 @@ def test_a_host_that_cannot_be_reached_ends_the_launch_and_names_it(
     recipe = write_recipe(tmp_path / "recipe.yaml", [store], steps=2)
     hosts = tmp_path / "hosts"
     hosts.write_text("198.51.100.7 slots=1\n")
-    words = ["launch", "hostfile", "--hostfile", str(hosts), "--address", "127.0.0.1", "--max-restarts", "0"]
+    words = ["launch", "hostfile", "--hostfile", str(hosts), "--address", "127.0.0.1"]
     run_words = ["--", "pretrain", str(recipe), f"run_dir={tmp_path / 'run'}"]
     assert main([*words, "--remote-shell", shell, *run_words]) == 1
     said = capfd.readouterr().err.splitlines()
     assert any(first in line for line in said), said
     assert any("198.51.100.7: the command that starts a node there failed 3 times" in line for line in said), said
+    assert not any("starting again" in line for line in said), said
     for line in said:
         documented(line)
 
