@@ -47,6 +47,10 @@ class Backend(Protocol):
         """The pieces of trained parameters that this rank's optimizer steps."""
         ...
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and averaged gradient of those pieces, between the last backward pass of a step and the step; none where there is no gradient."""
+        ...
+
     def frozen_state(self) -> dict[str, Tensor]:
         """Parameters that do not train, and persistent buffers, whole and on the CPU (main rank only; empty elsewhere)."""
         ...
@@ -95,6 +99,10 @@ class SingleProcess:
     def fragments(self) -> list[Fragment]:
         """Every trained parameter, whole."""
         return whole_fragments(self._trained)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients."""
+        return whole_gradients(self._trained)
 
     def frozen_state(self) -> dict[str, Tensor]:
         """Parameters that do not train, and persistent buffers, on the CPU."""
@@ -147,6 +155,11 @@ def whole_fragments(parameters: list[tuple[str, nn.Parameter]]) -> list[Fragment
     return [
         Fragment(name=name, offset=0, numel=p.numel(), param_numel=p.numel(), flat=p, start=0) for name, p in parameters
     ]
+
+
+def whole_gradients(parameters: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    """Gradients that every rank has whole."""
+    return ((name, p.grad) for name, p in parameters if p.grad is not None)
 
 
 def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -6,10 +6,12 @@ switched off; its own checkpoints are not used (`spade_t5/checkpoint`), so this 
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from spade_t5.training.backend import (
     share_fragments,
     unique_state,
     whole_fragments,
+    whole_gradients,
 )
 from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
 from spade_t5.training.data import BatchShape
@@ -105,6 +108,67 @@ def start_processes(timeout_seconds: float = distributed.DEFAULT_TIMEOUT_SECONDS
         torch.cuda.set_device(distributed.device())
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     distributed.check_world_size()
+    _count_waiting(deepspeed.comm.comm.cdb)
+
+
+_COLLECTIVES = (
+    "all_gather",
+    "all_gather_base",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+)
+
+
+def _count_waiting(communicator: Any) -> None:
+    """Has DeepSpeed's collectives wait in the engine's context.
+
+    Its own logger of collectives would bring the device to a stop at each. All of them go through one object, whose methods are
+    replaced here.
+    """
+    for name in _COLLECTIVES:
+        collective = getattr(communicator, name)
+        if not isinstance(collective, _Counted):
+            setattr(communicator, name, _Counted(collective))
+
+
+class _Counted:
+    """A collective that waits in the engine's context; one that returns at once gives a handle that does."""
+
+    def __init__(self, collective: Callable[..., Any]) -> None:
+        self._collective = collective
+        functools.update_wrapper(self, collective)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with distributed.waiting():
+            work = self._collective(*arguments, **options)
+        return work if work is None else _CountedWork(work)
+
+
+class _CountedWork:
+    """A collective under way."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *arguments: Any) -> Any:
+        with distributed.waiting():
+            return self._work.wait(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
 
 
 class DeepSpeedBackend:
@@ -213,6 +277,23 @@ class DeepSpeedBackend:
                     Fragment(name=name, offset=offset, numel=numel, param_numel=p.ds_numel, flat=flat, start=start)
                 )
         return result
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Averaged gradients of the pieces in this rank's optimizer, where ZeRO keeps them between backward pass and step."""
+        if self._stage == 0:
+            yield from whole_gradients(self._trained)
+            return
+        for name, p in self._trained:
+            if self._stage == 3:
+                numel = min(p.ds_tensor.ds_numel, p.ds_numel - distributed.rank() * p.ds_tensor.ds_numel)
+                if numel > 0:
+                    yield name, self._wrapped.get_local_fp32_grad_for_param(p).view(-1)[:numel]
+            elif p._hp_mapping is not None:
+                address = p._hp_mapping.lp_fragment_address
+                gradient = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).reshape(-1)
+                # DeepSpeed's optimizer of bf16 parameters at stage 1 keeps whole gradients.
+                is_whole = gradient.numel() == p.numel()
+                yield name, gradient[address.start : address.start + address.numel] if is_whole else gradient
 
     def frozen_state(self) -> dict[str, Tensor]:
         """Parameters that do not train, as they were before ZeRO took them."""

@@ -4,6 +4,7 @@ Processes are started by torchrun, `accelerate launch` or a scheduler that sets 
 works in one process without a process group.
 """
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -40,6 +42,25 @@ _SIGNS_OF_LOST_PEERS = (
 )
 
 T = TypeVar("T")
+
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
+_context_of_collectives: Context = contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def collectives_in(context: Context) -> Iterator[None]:
+    """Has every collective of the main thread's work, DeepSpeed's too, enter a context while it waits, so that the time is counted."""
+    global _context_of_collectives
+    before, _context_of_collectives = _context_of_collectives, context
+    try:
+        yield
+    finally:
+        _context_of_collectives = before
+
+
+def waiting() -> contextlib.AbstractContextManager[Any]:
+    """The context of a collective; whoever makes one outside of this file enters it."""
+    return _context_of_collectives()
 
 
 def launched_world_size() -> int:
@@ -72,7 +93,8 @@ def device() -> torch.device:
 def barrier() -> None:
     """Waits for every rank."""
     if dist.is_initialized():
-        dist.barrier()
+        with waiting():
+            dist.barrier()
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
@@ -80,14 +102,27 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     if not dist.is_initialized():
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+    with waiting():
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+
+def gather_numbers(values: list[float]) -> list[list[float]]:
+    """As many numbers of every rank, in rank order, on every rank, in float64."""
+    if not dist.is_initialized():
+        return [values]
+    own = torch.tensor(values, dtype=torch.float64, device=device())
+    gathered = own.new_empty(world_size() * len(values))
+    with waiting():
+        dist.all_gather_into_tensor(gathered, own)
+        return gathered.view(world_size(), len(values)).tolist()
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Adds a tensor up over the ranks, in place and without waiting for a GPU."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        with waiting():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -96,7 +131,8 @@ def differs(values: torch.Tensor) -> bool:
     if not dist.is_initialized():
         return False
     bounds = torch.stack([values, -values])
-    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    with waiting():
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
     return bool((bounds[0] != -bounds[1]).any())
 
 
@@ -105,7 +141,8 @@ def gather_objects(item: T) -> list[T]:
     if not dist.is_initialized():
         return [item]
     items = [item] * world_size()
-    dist.all_gather_object(items, item)
+    with waiting():
+        dist.all_gather_object(items, item)
     return items
 
 

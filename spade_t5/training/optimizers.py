@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from spade_t5.errors import ConfigError
+from spade_t5.training import distributed
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +232,5 @@ class RMSScaledAdamW(torch.optim.Optimizer):
         for _, p in tensors:
             for i, start, numel in self._pieces.get(id(p), []):
                 squares[i] += p.view(-1)[start : start + numel].square().sum()
-        if dist.is_initialized():
-            dist.all_reduce(squares)
+        distributed.sum_over_ranks(squares)
         return (squares / torch.tensor(self._param_numels, device=device)).sqrt_().clamp_(min=self.smallest_rms)
