@@ -25,5 +25,6 @@ states. The powers of the transition, which do not depend on the batch, are left
 
 from spade_t5.flops.counter import Flops, FlopsCounter
 from spade_t5.flops.layout import BatchLayout
+from spade_t5.flops.of_run import counter_of_run
 
-__all__ = ["BatchLayout", "Flops", "FlopsCounter"]
+__all__ = ["BatchLayout", "Flops", "FlopsCounter", "counter_of_run"]
