@@ -8,6 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from spade_t5.anatomy import part_of
 from spade_t5.config import to_mapping
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.finetune.evaluate import evaluate_model
@@ -15,6 +16,7 @@ from spade_t5.finetune.model import initial_model, initial_tokenizer
 from spade_t5.finetune.predict import label_word_ids
 from spade_t5.finetune.rows import EncodedExamples, ExampleRows, RowsConfig, encode_examples, pack_examples
 from spade_t5.finetune.task import Task
+from spade_t5.flops import counter_of_run
 from spade_t5.hf.export import export_run
 from spade_t5.hf.tokenizer import save_tokenizer, tokenizer_hash
 from spade_t5.training import ClassificationObjective, Objective, Seq2SeqObjective, TrainingConfig
@@ -99,6 +101,8 @@ def _finetune_in(folder: RunFolder, config: FinetuneConfig) -> None:
         config=training,
         run_dir=folder.path,
         before_publishing=folder.check_lease,
+        count_flops=counter_of_run(model.config, training, has_decoder=head_outputs is None).batch,
+        part_of=part_of,
         facts={
             "config": resolved,
             "model_class": type(model).__name__,

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spade_t5.anatomy import part_of
 from spade_t5.config import to_mapping
 from spade_t5.errors import ConfigError
+from spade_t5.flops import counter_of_run
 from spade_t5.hf.loading import build_model, load_model, resolve_model_config
 from spade_t5.hf.tokenizer import check_vocabulary, model_vocab_size, save_tokenizer, tokenizer_hash
 from spade_t5.layers.head import TokenLossConfig
@@ -94,6 +96,8 @@ def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
         config=config.training,
         run_dir=folder.path,
         before_publishing=folder.check_lease,
+        count_flops=counter_of_run(model.config, config.training, has_decoder=True).batch,
+        part_of=part_of,
         facts={
             "config": resolved,
             "model_class": type(model).__name__,

@@ -5,6 +5,7 @@ from typing import Literal
 
 from spade_t5.training.batch_warmup import BatchWarmupConfig, StepRows
 from spade_t5.training.optimizers import AdamWConfig, OptimizerConfig, check_zero_stage
+from spade_t5.training.profiling import ProfileConfig
 from spade_t5.training.recomputation import Recomputation
 from spade_t5.training.schedules import ConstantSchedule, Schedule
 from spade_t5.training.spikes import SpikesConfig
@@ -87,6 +88,12 @@ class TrainingConfig:
     """Processes per rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every_steps: int = 10
     """Steps between progress lines; metrics.jsonl has every step."""
+    peak_tflops: float | None = None
+    """What one device can do, in 10^12 operations a second, for MFU and HFU; null: that of the known GPUs at the run's precision."""
+    norms_every_steps: int | None = None
+    """Steps between norms of gradient and weights by part of the model in metrics.jsonl; null: never."""
+    profile: ProfileConfig | None = None
+    """Steps that torch.profiler records; null: none."""
     eval_every_steps: int | None = None
     """Steps between evaluations on held-out data; null: only at the end."""
     save_every_steps: int | None = None
@@ -122,7 +129,7 @@ class TrainingConfig:
         for name in ("eval_every_steps", "save_every_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1, or null for only at the end")
-        for name in ("keep_every_steps", "replica_check_every_steps"):
+        for name in ("keep_every_steps", "replica_check_every_steps", "norms_every_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1, or null for none")
         if self.keep_best < 0:
@@ -131,6 +138,8 @@ class TrainingConfig:
             raise ValueError(f"max_wall_seconds: {self.max_wall_seconds} must be positive, or null for no limit")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: {self.ema_decay} must lie between 0 and 1, or be null for no average")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops: {self.peak_tflops} must be positive, or null for that of a known GPU")
         if self.clip_norm < 0:
             raise ValueError(f"clip_norm: {self.clip_norm} must not be negative; 0 switches clipping off")
         if self.loader_workers < 0:

@@ -7,13 +7,16 @@ A step whose loss or gradient is not finite is skipped on all ranks: it counts, 
 """
 
 import contextlib
+import functools
 import logging
 import math
-import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from spade_t5 import ops
@@ -27,6 +30,7 @@ from spade_t5.checkpoint import (
 )
 from spade_t5.checkpoint.request import take_request
 from spade_t5.checkpoint.state import EVALUATION_IS_DUE
+from spade_t5.devices import peak_flops
 from spade_t5.errors import ConfigError, RunAbortedError, SaveError, StopRequestedError
 from spade_t5.training import distributed, samples
 from spade_t5.training.agreement import on_main
@@ -36,23 +40,37 @@ from spade_t5.training.config import TrainingConfig
 from spade_t5.training.data import Batch, BatchShape, Cursor, RowSource, TrainingRows
 from spade_t5.training.deepspeed import DeepSpeedBackend, start_processes
 from spade_t5.training.host_memory import keep_freed_memory
+from spade_t5.training.norms import PartNorms, PartOf, first_word
 from spade_t5.training.objectives import Objective
+from spade_t5.training.plots import draw_plots
+from spade_t5.training.profiling import StepProfiler
 from spade_t5.training.recomputation import recompute
-from spade_t5.training.reporting import Reporter, draw_loss_curve
+from spade_t5.training.reporting import Reporter
 from spade_t5.training.skipping import SkippedSteps
 from spade_t5.training.spikes import SpikeDetector
-from spade_t5.training.steps import Evaluation, Steps
+from spade_t5.training.steps import Evaluation, StepResult, Steps
 from spade_t5.training.stopping import StopRequests
+from spade_t5.training.stragglers import RankTimes
+from spade_t5.training.throughput import CountFlops, MemoryMeter, Work, rates, work_of
+from spade_t5.training.timing import OUTSIDE_STEPS, Part, clock_of
 from spade_t5.training.watchdog import Phase, Watchdog
 
 logger = logging.getLogger("spade_t5")
+
+_PART_OF_PHASE: dict[Phase, Part] = {
+    "compile": "data",
+    "data": "data",
+    "step": "rest",
+    "evaluation": "evaluation",
+    "save": "checkpoint",
+}
 
 
 class Agreed(NamedTuple):
     """What all ranks know of a step before its first backward pass, because they added it up."""
 
-    targets: int
-    tokens: int
+    work: Work
+    """Of all ranks."""
     is_stopping: bool
     """Some rank was asked to stop."""
     is_save_requested: bool
@@ -77,6 +95,8 @@ class Trainer:
         run_dir: Path,
         facts: dict[str, Any],
         before_publishing: Callable[[], dict[str, Any]] | None = None,
+        count_flops: CountFlops | None = None,
+        part_of: PartOf = first_word,
     ) -> None:
         """Wraps the model for training.
 
@@ -90,12 +110,26 @@ class Trainer:
             facts: JSON values that every checkpoint carries, such as the resolved config.
             before_publishing: called on the main rank before a checkpoint gets its name; raises to forbid it, and returns facts
                 for the manifest.
+            count_flops: operations that a batch, on the CPU, makes the model do; None: FLOPs and MFU are not reported.
+            part_of: part of the model that a parameter belongs to, by its name, whose norms are reported.
         """
         start(config)
         recompute(model, config.recomputation)
         self.backend = make_backend(model, config)
         self.objective = objective
-        self._steps = Steps(self.backend, objective, seed=config.seed, micro_batch_rows=config.micro_batch_rows)
+        self._clock = clock_of(distributed.device())
+        self._seconds_by: Counter[Part] = Counter()
+        self._steps = Steps(
+            self.backend,
+            objective,
+            seed=config.seed,
+            micro_batch_rows=config.micro_batch_rows,
+            clock=self._clock,
+        )
+        self._count_flops = count_flops
+        self._norms = None if config.norms_every_steps is None else PartNorms(self.backend, part_of)
+        self._memory = MemoryMeter(distributed.device())
+        self._rank_times = RankTimes(config.log_every_steps)
         self.config = config
         self.run_dir = run_dir
         self._train_rows, self._eval_rows = train_rows, eval_rows
@@ -124,6 +158,7 @@ class Trainer:
         self._stops: StopRequests | None = None
         self._reporter: Reporter | None = None
         self._watchdog: Watchdog | None = None
+        self._profiler = StepProfiler(None, run_dir)
 
     def resume(self, checkpoint: Path, *, is_verified: bool = False) -> None:
         """Continues from a checkpoint: weights, optimizer state, step, and place in the data.
@@ -145,7 +180,7 @@ class Trainer:
         logger.info("resumed from %s at step %d", checkpoint, self._step)
 
     def fit(self) -> None:
-        """Trains to the last step; evaluates, saves and draws the loss curve on the way and at the end.
+        """Trains to the last step; evaluates, saves and draws curves on the way and at the end.
 
         Raises:
             StopRequestedError: a signal or the clock asked to stop; a checkpoint was saved.
@@ -156,7 +191,9 @@ class Trainer:
             logger.info("nothing to do: the run finished at step %d", self._step)
             return
         self._check_free_space()
+        self._clock.lap()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(distributed.collectives_in(self._clock.waiting))
             self._stops = stack.enter_context(StopRequests(config.max_wall_seconds))
             if distributed.is_main():
                 self._reporter = stack.enter_context(
@@ -167,18 +204,22 @@ class Trainer:
                         log_every_steps=config.log_every_steps,
                     )
                 )
+            stack.push(self._report_time)
             self._watchdog = stack.enter_context(Watchdog(config.timeouts, self.run_dir / "logs"))
             stack.callback(self._close_saver)
+            self._profiler = StepProfiler(config.profile, self.run_dir)
+            stack.callback(lambda: self._profiler.close(self._step))
             if self._is_evaluation_due:
                 self._make_up_evaluation()
             while self._step < config.steps:
                 self._run_until_rollback()
         if distributed.is_main():
-            draw_loss_curve(self.run_dir)
+            draw_plots(self.run_dir)
 
     def evaluate(self) -> Evaluation:
         """Loss over all held-out rows."""
         assert self._eval_rows is not None
+        self._clock.switch("evaluation")
         return self._steps.evaluate(self._eval_rows, before_batch=self._go_on_evaluating)
 
     def _run_until_rollback(self) -> None:
@@ -195,9 +236,9 @@ class Trainer:
         steps = self._train_rows.steps(self._cursor, config.steps - self._step, shape, first_step=self._step + 1)
         self._enter("compile")
         is_first = True
-        started = time.monotonic()
         with contextlib.closing(steps):
             for micro_batches, self._cursor in steps:
+                self._clock.switch("rest")
                 if not is_first:
                     self._enter("step")
                 agreed = self._agree(micro_batches)
@@ -205,7 +246,7 @@ class Trainer:
                 is_last = self._step + 1 == config.steps
                 is_save_due = is_last or self._is_save_requested or _is_due(self._step + 1, config.save_every_steps)
                 is_saving = is_save_due or agreed.is_stopping
-                if self._train_step(micro_batches, agreed, started, is_saving=is_saving):
+                if self._train_step(micro_batches, agreed, is_saving=is_saving):
                     return
                 self._held_out_loss = None
                 self._is_evaluation_due = self._eval_rows is not None and (
@@ -220,61 +261,47 @@ class Trainer:
                     raise self._stop_requested()
                 self._enter("data")
                 is_first = False
-                started = time.monotonic()
 
     def _agree(self, micro_batches: list[Batch]) -> Agreed:
         is_save_requested = distributed.is_main() and take_request(self.run_dir)
-        targets, tokens, stopping, requested, written, *parts = distributed.all_reduce_sum(
+        own = work_of(micro_batches, self.objective.num_targets, self._count_flops)
+        stopping, requested, written, *sums = distributed.all_reduce_sum(
             [
-                sum(self.objective.num_targets(batch) for batch in micro_batches),
-                sum(_num_input_tokens(batch) for batch in micro_batches),
                 float(self._stops is not None and self._stops.is_stopping),
                 float(is_save_requested),
                 float(self._saver.is_finished),
+                *own,
                 *samples.digest_parts(samples.sample_numbers(micro_batches)),
             ]
         )
         return Agreed(
-            targets=int(targets),
-            tokens=int(tokens),
+            work=Work(*sums[: len(own)]),
             is_stopping=stopping > 0,
             is_save_requested=requested > 0,
             has_written=written == distributed.world_size(),
-            samples=samples.digest(parts),
+            samples=samples.digest(sums[len(own) :]),
         )
 
-    def _train_step(self, micro_batches: list[Batch], agreed: Agreed, started: float, *, is_saving: bool) -> bool:
+    def _train_step(self, micro_batches: list[Batch], agreed: Agreed, *, is_saving: bool) -> bool:
         """One optimizer step, behind which the weights may be saved; returns whether it ended in a rollback."""
         step = self._step + 1
         factor = self.config.schedule.factor(step, self.config.steps)
-        result = self._steps.train(
-            micro_batches,
-            step=step,
-            num_targets=agreed.targets,
-            learning_rate_factor=factor,
-            largest_loss=self._largest_loss,
-            compares_copies=self._is_comparison_due(is_saving),
-        )
-        self._step, self._tokens = step, self._tokens + agreed.tokens
-        if result.is_applied and self._average is not None:
-            self._average.update()
-        if self._reporter is not None:
-            seconds = time.monotonic() - started
-            self._reporter.train_step(
-                {
-                    "step": step,
-                    "split": "train",
-                    "loss": result.loss,
-                    "lr": self.config.optimizer.learning_rate * factor,
-                    "grad_norm": result.grad_norm,
-                    "targets": agreed.targets,
-                    "tokens": self._tokens,
-                    "tokens_per_second": agreed.tokens / seconds,
-                    "seconds": seconds,
-                    "samples": agreed.samples,
-                    **_group_metrics(result.loss_by),
-                }
+        with self._profiler.step(step):
+            result = self._steps.train(
+                micro_batches,
+                step=step,
+                num_targets=int(agreed.work.targets),
+                learning_rate_factor=factor,
+                largest_loss=self._largest_loss,
+                compares_copies=self._is_comparison_due(is_saving),
+                norms=self._norms if _is_due(step, self.config.norms_every_steps) else None,
             )
+        seconds_by = self._clock.lap()
+        self._step, self._tokens = step, self._tokens + int(agreed.work.tokens)
+        if result.is_applied and self._average is not None:
+            with self._clock.within("optimizer"):
+                self._average.update()
+        self._report_step(result, agreed, factor, seconds_by)
         if result.is_applied:
             if self._spikes is not None:
                 self._spikes.add(result.loss)
@@ -282,6 +309,60 @@ class Trainer:
         if result.differing_copies:
             return self._on_differing_copies(result.differing_copies)
         return self._on_skipped_step(micro_batches, result.loss)
+
+    def _report_step(
+        self, result: StepResult, agreed: Agreed, learning_rate_factor: float, seconds_by: dict[Part, float]
+    ) -> None:
+        """Records what came of a step, and what it took."""
+        self._seconds_by.update(seconds_by)
+        seconds = sum(value for part, value in seconds_by.items() if part not in OUTSIDE_STEPS)
+        memory = self._memory.read()
+        rank_times = self._rank_times.add(
+            self._step, seconds, seconds - seconds_by["communication"], next(iter(memory.values()), 0)
+        )
+        if self._reporter is None:
+            return
+        self._reporter.train_step(
+            {
+                "step": self._step,
+                "split": "train",
+                "loss": result.loss,
+                "lr": self.config.optimizer.learning_rate * learning_rate_factor,
+                "grad_norm": result.grad_norm,
+                "targets": int(agreed.work.targets),
+                "tokens": self._tokens,
+                **rates(agreed.work, seconds, distributed.world_size(), self._peak_flops),
+                "seconds": seconds,
+                "seconds_by": seconds_by,
+                "memory": memory,
+                "samples": agreed.samples,
+                **({} if rank_times is None else {"ranks": rank_times}),
+                **result.norms,
+                **_group_metrics(result.loss_by),
+            }
+        )
+
+    def _report_time(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Records where the time went, at the end of a run that did not fail."""
+        if kind is not None and not issubclass(kind, StopRequestedError):
+            return
+        self._seconds_by.update(self._clock.lap())
+        total = sum(self._seconds_by.values())
+        self._record("time", seconds=total, seconds_by=dict(self._seconds_by))
+        shares = ", ".join(f"{part} {value / total:.1%}" for part, value in self._seconds_by.most_common())
+        logger.info("time: %.1f s, of which %s", total, shares)
+
+    @functools.cached_property
+    def _peak_flops(self) -> float | None:
+        """What one device can do in a second; None: unknown."""
+        if self.config.peak_tflops is not None:
+            return self.config.peak_tflops * 1e12
+        device = distributed.device()
+        if device.type != "cuda":
+            return None
+        return peak_flops(torch.cuda.get_device_name(device), self.config.precision)
 
     @property
     def _largest_loss(self) -> float:
@@ -337,6 +418,7 @@ class Trainer:
             RunAbortedError: going back did not help several times in a row, or there is nothing to go back to and it must be done.
         """
         self._finish_saving()
+        self._clock.switch("checkpoint")
         newest = newest_good_checkpoint(self.run_dir / "checkpoints") or self._resumed_from
         if newest is None:
             if skips_data:
@@ -454,6 +536,7 @@ class Trainer:
         return self._train_rows.merge_cursors(distributed.gather_objects(cursor))
 
     def _enter(self, phase: Phase) -> None:
+        self._clock.switch(_PART_OF_PHASE[phase])
         if self._watchdog is not None:
             self._watchdog.enter(phase, self._step)
 
@@ -498,9 +581,3 @@ def _group_metrics(loss_by: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _num_input_tokens(batch: Batch) -> int:
-    if "segment_ids" in batch:
-        return int((batch["segment_ids"] != 0).sum())
-    return batch["input_ids"].numel()

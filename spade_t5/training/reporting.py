@@ -1,7 +1,7 @@
-"""What a run tells while it goes: progress, metrics.jsonl, events.jsonl, TensorBoard, log.txt, and the loss curve at its end.
+"""What a run tells while it goes: progress, metrics.jsonl, events.jsonl, TensorBoard, log.txt. docs/metrics.md has every field.
 
 metrics.jsonl has a line for each step and evaluation, and for each resume, behind which steps may come again. events.jsonl has a line for
-whatever else happened: checkpoints, skipped steps, spikes, rollbacks. Only the main rank reports. TensorBoard and matplotlib are used where they are installed; metrics.jsonl always is.
+whatever else happened: checkpoints, skipped steps, spikes, rollbacks. Only the main rank reports.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from spade_t5.errors import RunAbortedError
 from spade_t5.training.rank_log import LogFile
+from spade_t5.training.tensorboard_files import TensorBoardFiles
 
 logger = logging.getLogger("spade_t5")
 
@@ -56,38 +57,6 @@ class _Lines:
             self._file.close()
 
 
-class _TensorBoard:
-    """TensorBoard's files; where it is not installed, or its disk fails, the run goes on without."""
-
-    def __init__(self, folder: Path) -> None:
-        self._writer: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            logger.warning("tensorboard is not installed: metrics go to %s only", METRICS_FILE)
-            return
-        with self._as_long_as_it_can_be_written():
-            self._writer = SummaryWriter(str(folder))
-
-    def add(self, numbers: Mapping[str, float], step: int) -> None:
-        with self._as_long_as_it_can_be_written():
-            for tag, value in numbers.items() if self._writer is not None else ():
-                self._writer.add_scalar(tag, value, step)
-
-    def close(self) -> None:
-        with self._as_long_as_it_can_be_written():
-            if self._writer is not None:
-                self._writer.close()
-
-    @contextlib.contextmanager
-    def _as_long_as_it_can_be_written(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._writer = None
-            logger.warning("tensorboard: cannot be written (%s): metrics go to %s only", error.strerror, METRICS_FILE)
-
-
 class Reporter:
     """Writes the metrics of one run and shows its progress."""
 
@@ -98,7 +67,7 @@ class Reporter:
         self._log_every_steps = log_every_steps
         self._metrics = _Lines(run_dir / METRICS_FILE)
         self._events = _Lines(run_dir / EVENTS_FILE)
-        self._tensorboard = _TensorBoard(run_dir / "tensorboard")
+        self._tensorboard = TensorBoardFiles(run_dir / "tensorboard")
         self._log_file = LogFile(run_dir / "log.txt")
         logger.addHandler(self._log_file)
         console = Console(stderr=True)
@@ -153,9 +122,13 @@ class Reporter:
         self._steps_made += 1  # a rollback may lead behind the first one, and takes none of them back
         step = metrics["step"]
         text = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        if metrics.get("mfu") is not None:
+            text += f", MFU {metrics['mfu']:.1%}"
         self._progress.update(self._task, completed=step, description=text)
         if step % self._log_every_steps == 0 or step == self._num_steps:
             seconds = (time.monotonic() - self._started) / self._steps_made * (self._num_steps - step)
+            if "ranks" in metrics:
+                text += f", {_slowest(metrics['ranks'])}"
             logger.info(
                 "step %d/%d: %s, lr %.3g, ETA %s", step, self._num_steps, text, metrics["lr"], _duration(seconds)
             )
@@ -186,32 +159,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [values for values in found if values is not None]
 
 
-def draw_loss_curve(run_dir: Path) -> Path | None:
-    """Draws training and held-out loss over the steps; None where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("matplotlib is not installed: no loss curve is drawn")
-        return None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per target)")
-    metrics = read_metrics(run_dir)
-    for split, style in (("train", "-"), ("validation", "o-")):
-        points = [(m["step"], m["loss"]) for m in metrics if m["split"] == split and m["loss"] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=split, linewidth=1, markersize=3)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    path = run_dir / "plots" / "loss.png"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        logger.warning("%s: cannot be written (%s): no loss curve is drawn", path, error.strerror)
-        return None
-    return path
-
-
 def _parsed(line: str) -> dict[str, Any] | None:
     """The JSON object of a line; None for what a power cut or a failing disk made of it."""
     try:
@@ -233,6 +180,14 @@ def _scalars(metrics: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, flo
             yield from _scalars(value, f"{prefix}/{name}")
         elif isinstance(value, (int, float)) and name != "step":
             yield f"{prefix}/{name}", value
+
+
+def _slowest(ranks: Mapping[str, Any]) -> str:
+    own = ranks["own_seconds"]
+    return (
+        f"slowest rank {ranks['slowest_rank']} ({ranks['slowest_host']}): {own['max']:.3g} s of its own work in a step, "
+        f"median {own['median']:.3g} s"
+    )
 
 
 def _duration(seconds: float) -> str:

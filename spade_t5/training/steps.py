@@ -14,9 +14,11 @@ from torch import Tensor
 from spade_t5.training import distributed
 from spade_t5.training.backend import Backend
 from spade_t5.training.data import Batch, RowSource, evaluation_batches
+from spade_t5.training.norms import PartNorms
 from spade_t5.training.objectives import LossSums, Objective, loss_by_axis
 from spade_t5.training.replicas import differing_ranks
 from spade_t5.training.samples import sample_numbers
+from spade_t5.training.timing import AnyClock
 
 
 class StepResult(NamedTuple):
@@ -30,6 +32,8 @@ class StepResult(NamedTuple):
     """Before clipping; not finite where the step was not applied."""
     differing_copies: dict[str, list[int]]
     """Ranks whose copies of weights differ from those of the others, by parameter, where they were compared."""
+    norms: dict[str, dict[str, float]]
+    """Of gradient and weights by part of the model, where they were measured."""
 
     @property
     def is_applied(self) -> bool:
@@ -56,10 +60,13 @@ class Steps:
         objective: turns a batch into a summed loss.
         seed: of dropout, with the step, the micro-batch and the rank.
         micro_batch_rows: rows that an evaluation runs through the model at once.
+        clock: is told what a step is at.
     """
 
-    def __init__(self, backend: Backend, objective: Objective, *, seed: int, micro_batch_rows: int) -> None:
-        self._backend, self._objective = backend, objective
+    def __init__(
+        self, backend: Backend, objective: Objective, *, seed: int, micro_batch_rows: int, clock: AnyClock
+    ) -> None:
+        self._backend, self._objective, self._clock = backend, objective, clock
         self._seed, self._micro_batch_rows = seed, micro_batch_rows
         self._device = distributed.device()
 
@@ -72,6 +79,7 @@ class Steps:
         learning_rate_factor: float,
         largest_loss: float,
         compares_copies: bool,
+        norms: PartNorms | None,
     ) -> StepResult:
         """One optimizer step, applied on all ranks or on none.
 
@@ -82,6 +90,7 @@ class Steps:
             learning_rate_factor: factor of the peak learning rates.
             largest_loss: a step with a larger loss, or one that is not finite, is not applied.
             compares_copies: compare the weights that ranks hold copies of; if they differ, the step is not applied.
+            norms: measures the norms of gradient and weights; None: they are not measured.
         """
         # DeepSpeed averages gradients over ranks, hence the factor world size.
         scale = distributed.world_size() / max(num_targets, 1)
@@ -90,11 +99,11 @@ class Steps:
         for micro, batch in enumerate(micro_batches):
             seeds = np.random.SeedSequence([self._seed, step, micro, distributed.rank()])
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-            with self._backend.forward_context():
+            with self._clock.within("forward"), self._backend.forward_context():
                 loss_sums = self._loss_sums(batch)
             sums += _flat(loss_sums)
             if micro < len(micro_batches) - 1:
-                self._backend.backward(loss_sums.whole * scale, is_last=False)
+                self._backward(loss_sums.whole * scale, is_last=False)
         # Copies are compared before the update, which at ZeRO 1-3 replaces them all.
         differing = differing_ranks(self._backend) if compares_copies else {}
         # A loss that no rank may learn from turns the last gradient into NaN on all of them. Then one test, that of the gradient's norm,
@@ -102,9 +111,13 @@ class Steps:
         distributed.sum_over_ranks(sums)
         mean_loss = sums[0] / max(num_targets, 1)
         is_good = torch.isfinite(mean_loss) & (mean_loss <= largest_loss) & (not differing)
-        self._backend.backward(loss_sums.whole * torch.where(is_good, scale, torch.nan).to(loss_sums.whole.dtype))
-        grad_norm = self._backend.step(learning_rate_factor)
-        return StepResult(float(mean_loss), self._loss_by(sums), grad_norm, differing)
+        last_scale = torch.where(is_good, scale, torch.nan).to(loss_sums.whole.dtype)
+        self._backward(loss_sums.whole * last_scale, is_last=True)
+        measured = None if norms is None else norms.measure()
+        with self._clock.within("optimizer"):
+            grad_norm = self._backend.step(learning_rate_factor)
+        norm_metrics = {} if norms is None or measured is None else norms.as_metrics(measured)
+        return StepResult(float(mean_loss), self._loss_by(sums), grad_norm, differing, norm_metrics)
 
     def evaluate(self, rows: RowSource, *, before_batch: Callable[[], None]) -> Evaluation:
         """Loss over all rows of a finite source.
@@ -147,6 +160,10 @@ class Steps:
                     if not math.isfinite(float(self._loss_sums(alone).whole)):
                         found += sample_numbers([alone])
         return found
+
+    def _backward(self, loss: Tensor, *, is_last: bool) -> None:
+        with self._clock.within("backward"):
+            self._backend.backward(loss, is_last=is_last)
 
     def _loss_sums(self, batch: Batch) -> LossSums:
         on_device = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}

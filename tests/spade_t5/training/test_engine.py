@@ -172,7 +172,9 @@ def test_metrics(make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCa
     ]  # fmt: skip
     train, validation = metrics[0], metrics[3]
     assert set(train) == {
-        "step", "split", "loss", "lr", "grad_norm", "targets", "tokens", "tokens_per_second", "seconds", "samples",
+        "step", "split", "loss", "lr", "grad_norm", "targets", "tokens", "tokens_per_second", "targets_per_second",
+        "padded_tokens_per_second", "padded_targets_per_second", "model_flops_per_second", "executed_flops_per_second",
+        "mfu", "hfu", "seconds", "seconds_by", "memory", "samples",
     }  # fmt: skip
     assert set(validation) == {"step", "split", "loss", "targets"}
     assert train["tokens"] == 6 * 12

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from spade_t5.testing import documented
-from spade_t5.training.reporting import METRICS_FILE, Reporter, draw_loss_curve, read_lines, read_metrics
+from spade_t5.training.plots import draw_plots
+from spade_t5.training.reporting import METRICS_FILE, Reporter, read_lines, read_metrics
 
 
 def test_losses_of_groups_reach_metrics_and_tensorboard(tmp_path: Path) -> None:
@@ -68,4 +69,4 @@ def test_lines_that_a_power_cut_broke_are_left_out(tmp_path: Path, caplog: pytes
     (message,) = caplog.messages
     assert "3 of 6 lines" in message
     documented(message)
-    draw_loss_curve(tmp_path)
+    assert len(draw_plots(tmp_path)) == 2

@@ -23,9 +23,9 @@ from spade_t5.testing import call_on_ranks, disks, documented, launch_ranks
 from spade_t5.training.backend import SingleProcess
 from spade_t5.training.config import TrainingConfig
 from spade_t5.training.lease import LEASE_FILE
+from spade_t5.training.plots import draw_plots
 from spade_t5.training.provenance import check_provenance, git_revision, provenance
 from spade_t5.training.rank_log import LogFile
-from spade_t5.training.reporting import draw_loss_curve
 from spade_t5.training.run_folder import Resume, RunFolder, find_resume_point, open_run_folder
 from spade_t5.training.shared_folder import check_shared
 
@@ -527,10 +527,10 @@ def test_a_log_on_a_full_disk_says_nothing(capfd: pytest.CaptureFixture[str]) ->
     assert err.count("--- Logging error ---") == 1  # a fault of the program is not swallowed
 
 
-def test_a_loss_curve_without_a_place_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_curves_without_a_place_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"split": "train", "step": 1, "loss": 2.0}\n')
     (tmp_path / "plots").write_text("")
-    assert draw_loss_curve(tmp_path) is None
+    assert draw_plots(tmp_path) == []
     documented(caplog.text)
 
 
