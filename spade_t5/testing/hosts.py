@@ -198,6 +198,8 @@ class Host:
         self.address = f"{NETWORK}.{number + 1}"
         self.port = f"port{number + 1}"
         """Interface of the bridge that the host hangs at."""
+        self.sshd_log = folder / f"{self.name}.sshd.log"
+        """What its sshd says, of every login for one."""
         self._folder = folder
         self._files = files
         command = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -244,14 +246,13 @@ class Host:
         )
 
     def start_sshd(self) -> None:
-        """Lets others log in; they find `PYTHONPATH` and `OMP_NUM_THREADS` as they are here, and no other variable.
+        """Lets others log in; no variable of this process is there.
 
         Raises:
             RuntimeError: sshd does not start.
         """
-        variables = {name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}
-        words = " ".join(f'"{name}={value}"' for name, value in {**variables, **self._environment()}.items())
-        config, log = self._folder / f"{self.name}.sshd_config", self._folder / f"{self.name}.sshd.log"
+        words = " ".join(f'"{name}={value}"' for name, value in self._environment().items())
+        config, log = self._folder / f"{self.name}.sshd_config", self.sshd_log
         config.write_text(SSHD_CONFIG.format(folder=self._files.folder, address=self.address, variables=words))
         with log.open("wb") as file:
             sshd = self.popen(

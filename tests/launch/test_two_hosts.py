@@ -1,0 +1,264 @@
+"""`spade-t5 launch hostfile` on two hosts: links are cut, hosts are killed and taken away, and the run ends as if nothing had happened."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+import pytest
+
+from spade_t5.checkpoint import list_checkpoints, verify_checkpoint
+from spade_t5.launch.cli import main
+from spade_t5.testing import documented, launch_ranks
+from spade_t5.testing.hosts import Host, Hosts, hosts_or_skip
+from spade_t5.testing.runs import assert_exact, attempts, lineage, write_recipe
+
+SPADE_T5 = [sys.executable, "-m", "spade_t5.launch"]
+STEPS = 30
+LOST_AFTER = 5
+STEP_SECONDS = 8
+SECRET = "never-to-be-seen-0123456789"
+
+
+class Launched:
+    """`spade-t5 launch hostfile` on host1, and what it started on all hosts; as a context it leaves nothing running."""
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        recipe: Path,
+        run_dir: Path,
+        *words: str,
+        options: tuple[str, ...] = (),
+        slots: tuple[int, ...] = (1, 1),
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.run_dir = run_dir
+        self._hosts = hosts
+        self._err = run_dir.parent / f"{run_dir.name}.err"
+        hostfile = run_dir.parent / "hostfile"
+        hostfile.write_text("".join(f"{host.name} slots={count}\n" for host, count in zip(hosts, slots, strict=True)))
+        command = [*SPADE_T5, "launch", "hostfile", "--hostfile", str(hostfile), "--lost-after", str(LOST_AFTER)]
+        command += [*options, "--", "pretrain", str(recipe), f"run_dir={run_dir}", *words]
+        with self._err.open("ab") as err:
+            self._launcher = hosts[0].popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=err,
+                env={"OMP_NUM_THREADS": "1", **(env or {})},
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._launcher.poll() is None:
+            self._launcher.kill()
+        if kind is not None:
+            for host in self._hosts:
+                host.kill_all()
+                host.start_sshd()
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text()
+
+    def send(self, number: int) -> None:
+        self._launcher.kill(number)
+
+    def interrupt(self) -> None:
+        """Ctrl-C in its terminal."""
+        self._launcher.kill_group(signal.SIGINT)
+
+    def wait(self, seconds: float = 240) -> int:
+        try:
+            return self._launcher.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s\n{self.stderr[-4000:]}") from None
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self._launcher.poll() is None, self.stderr
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.02)
+
+    def wait_for_steps(self, count: int) -> None:
+        """Until so many steps were made, redone ones counted as well."""
+        self.wait_until(lambda: len(attempts(self.run_dir)) >= count)
+
+    def wait_for_more_steps(self, count: int) -> None:
+        """Until so many more were made."""
+        self.wait_for_steps(len(attempts(self.run_dir)) + count)
+
+    def said(self) -> list[str]:
+        """What the launcher said."""
+        return [line for line in self.stderr.splitlines() if line.startswith("spade-t5 launch: ")]
+
+
+def ranks_on(host: Host) -> list[psutil.Process]:
+    """Ranks of a host, in order; a loader process has the words of its rank, but not its parent."""
+    running = host.processes()
+    ranks = [psutil.Process(pid) for pid, words in running.items() if "/rank.py " in words]
+    agents = [process.pid for process in ranks if "torch.distributed.run" in process.cmdline()]
+    found = [process for process in ranks if process.ppid() in agents]
+    return sorted(found, key=lambda process: int(process.environ()["LOCAL_RANK"]))
+
+
+def is_training_on(host: Host) -> bool:
+    return any("/rank.py " in words for words in host.processes().values())
+
+
+def assert_idle(hosts: Hosts, within_seconds: float = 5) -> None:
+    for host in hosts:
+        if not host.is_removed:
+            host.assert_idle(within_seconds)
+
+
+def assert_as_good(run_dir: Path, expected: Path) -> None:
+    """The same samples, targets and learning rates, and losses as close as sums in another order are."""
+    steps, expected_steps = lineage(run_dir), lineage(expected)
+    assert steps.keys() == expected_steps.keys()
+    for step, facts in steps.items():
+        assert facts[2:] == expected_steps[step][2:]
+        assert float.fromhex(facts.loss) == pytest.approx(float.fromhex(expected_steps[step].loss), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with hosts_or_skip(tmp_path_factory.mktemp("hosts")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    return write_recipe(
+        path,
+        [store],
+        model={"dropout_rate": 0.0},
+        steps=STEPS,
+        save_every_steps=3,
+        loader_workers=1,
+        keep_checkpoints=2,
+        timeouts={"step_seconds": STEP_SECONDS},
+    )
+
+
+def train_here(recipe: Path, run_dir: Path, num_ranks: int) -> None:
+    logs = run_dir.parent / f"{run_dir.name}-logs"
+    with launch_ranks(["pretrain", str(recipe), f"run_dir={run_dir}"], num_ranks=num_ranks, log_dir=logs) as group:
+        assert group.wait() == [0] * num_ranks, group.stderr(0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    train_here(recipe, run_dir, 2)
+    return run_dir
+
+
+def test_it_trains_across_both_hosts_and_shows_nobody_its_secrets(
+    hosts: Hosts,
+    recipe: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_dir = tmp_path / "run"
+    options = ("--env", "WANDB_API_KEY")
+    with Launched(hosts, recipe, run_dir, options=options, env={"WANDB_API_KEY": SECRET}) as launched:
+        launched.wait_for_steps(4)
+        words = [line for host in hosts for line in host.processes().values()]
+        for number, host in enumerate(hosts):
+            (rank,) = ranks_on(host)
+            environment = rank.environ()
+            assert environment["SPADE_T5_PLACE"].startswith(f"{number},2,{number},2,{hosts[0].address},")
+            assert environment["WANDB_API_KEY"] == SECRET
+            lines = host.run(["ss", "-Hltn"]).stdout.splitlines()
+            assert {line.split()[3].rpartition(":")[0] for line in lines} <= {host.address, "127.0.0.1"}
+        assert launched.wait() == 0, launched.stderr
+    assert not [line for line in words if SECRET in line]
+    assert_idle(hosts)
+    assert launched.said() == []
+    assert_exact(run_dir, undisturbed)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    hostfile = ("--hostfile", str(tmp_path / "hostfile"), "--address", hosts[0].address)
+    command = ["pretrain", str(recipe), f"run_dir={run_dir}"]
+    assert main(["launch", "hostfile", *hostfile, *options, "--dry-run", "--", *command]) == 0
+    shown = capfd.readouterr().out
+    assert "WANDB_API_KEY" in shown
+    assert SECRET not in shown
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_cut_link_and_a_killed_host_cost_restarts_only(
+    hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with Launched(hosts, recipe, run_dir) as launched:
+        launched.wait_for_steps(7)
+        with hosts.cut(hosts[1]):
+            began = time.monotonic()
+            launched.wait_until(lambda: "starting again" in launched.stderr)
+            launched.wait_until(lambda: not any(map(is_training_on, hosts)))
+            time.sleep(max(2 * STEP_SECONDS + 1 - (time.monotonic() - began), 0))
+        launched.wait_for_more_steps(5)
+        hosts[1].kill_all()
+        launched.wait_until(lambda: launched.stderr.count("starting again") == 2)
+        hosts[1].start_sshd()
+        assert launched.wait() == 0, launched.stderr
+    assert_idle(hosts)
+    lost = [line for line in launched.said() if line.startswith("spade-t5 launch: lost")]
+    assert lost == [
+        f"spade-t5 launch: lost host2: no sign of it for {LOST_AFTER} s",
+        "spade-t5 launch: lost host2: its connection broke",
+    ]
+    for line in launched.said():
+        documented(line)
+    assert_exact(run_dir, undisturbed)
+
+
+def test_without_a_host_that_is_gone_it_goes_on_and_stops_when_asked(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    options = ("--nnodes", "1:2", "--wait-for-nodes", "6")
+    with hosts_or_skip(tmp_path) as hosts, Launched(hosts, recipe, run_dir, options=options) as launched:
+        launched.wait_for_steps(7)
+        hosts.remove(hosts[1])
+        launched.wait_until(lambda: "going on with 1 of 2 nodes, without host2" in launched.stderr)
+        launched.wait_for_more_steps(4)
+        launched.send(signal.SIGTERM)
+        assert launched.wait(60) == 75, launched.stderr
+        assert_idle(hosts)
+    for line in launched.said():
+        documented(line)
+    stopped = max(lineage(run_dir))
+    assert stopped < STEPS
+    newest = list_checkpoints(run_dir / "checkpoints")[-1]
+    assert newest.name == f"step-{stopped:08d}"
+    verify_checkpoint(newest)
+    train_here(recipe, run_dir, 1)
+    assert_as_good(run_dir, undisturbed)
+
+
+def test_a_wrong_config_is_refused_before_anything_starts(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
+    log = hosts[1].sshd_log.read_text()
+    with Launched(hosts, recipe, tmp_path / "run", "training.stepz=3") as launched:
+        assert launched.wait() == 2
+    assert launched.stderr.startswith("spade-t5 launch: training.stepz: unknown config key")
+    assert launched.stderr.count("\n") == 1
+    assert hosts[1].sshd_log.read_text() == log, "nobody has logged in"
+    assert not (tmp_path / "run").exists()
+    assert_idle(hosts)
