@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from spade_t5.errors import ConfigError
 from spade_t5.kernels import cross_attention as _cross_attention
@@ -126,6 +127,17 @@ def _announced(source: str, name: str, device_type: str) -> str:
     return chosen
 
 
+# In a compiled layer these end one graph and begin another.
+_local_attention_outside = torch.compiler.disable(_local_attention.local_attention)
+_cross_attention_outside = torch.compiler.disable(_cross_attention.cross_attention)
+
+
+def _fusible(backend: str, device: torch.device) -> str:
+    """The backend of an op on elements and rows: where torch would work in steps through the cache, its compiler fuses the plain formula."""
+    chosen = backend_in_use(backend, device)
+    return "naive" if chosen == "torch" and is_compiling() else chosen
+
+
 def local_attention(
     q: Tensor,
     k: Tensor,
@@ -139,7 +151,10 @@ def local_attention(
     backend: str = "auto",
 ) -> Tensor:
     """Banded attention with a bias by relative offset: `spade_t5.kernels.local_attention.local_attention`."""
-    return _local_attention.local_attention(
+    chosen = backend_in_use(backend, q.device)
+    # Unrolled, its blocks would take minutes to compile.
+    attend = _local_attention_outside if chosen == "torch" and is_compiling() else _local_attention.local_attention
+    return attend(
         q,
         k,
         v,
@@ -148,7 +163,7 @@ def local_attention(
         right=right,
         segment_ids=segment_ids,
         dropout_p=dropout_p,
-        backend=backend_in_use(backend, q.device),
+        backend=chosen,
     )
 
 
@@ -164,7 +179,9 @@ def cross_attention(
     backend: str = "auto",
 ) -> Tensor:
     """Attention of target tokens to the source: `spade_t5.kernels.cross_attention.cross_attention`."""
-    return _cross_attention.cross_attention(
+    # The number and the sizes of documents are other ones in every batch.
+    attend = _cross_attention_outside if pairs is not None and is_compiling() else _cross_attention.cross_attention
+    return attend(
         q,
         k,
         v,
@@ -209,21 +226,19 @@ def ssm_conv_chunked(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
     """T5's layer norm: `spade_t5.kernels.rms_norm.rms_norm`."""
-    return _rms_norm.rms_norm(x, weight, eps, backend=backend_in_use(backend, x.device))
+    return _rms_norm.rms_norm(x, weight, eps, backend=_fusible(backend, x.device))
 
 
 def rms_norm_with_transpose(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """T5's layer norm, laid out for the SSM too: `spade_t5.kernels.rms_norm.rms_norm_with_transpose`."""
-    return _rms_norm.rms_norm_with_transpose(x, weight, eps, backend=backend_in_use(backend, x.device))
+    return _rms_norm.rms_norm_with_transpose(x, weight, eps, backend=_fusible(backend, x.device))
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, dropout_p: float = 0.0, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Residual sum with dropout, and its norm: `spade_t5.kernels.rms_norm.add_rms_norm`."""
-    return _rms_norm.add_rms_norm(
-        x, residual, weight, eps, dropout_p=dropout_p, backend=backend_in_use(backend, x.device)
-    )
+    return _rms_norm.add_rms_norm(x, residual, weight, eps, dropout_p=dropout_p, backend=_fusible(backend, x.device))
 
 
 def add_rms_norm_with_transpose(
@@ -231,13 +246,13 @@ def add_rms_norm_with_transpose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, laid out for the SSM too: `spade_t5.kernels.rms_norm.add_rms_norm_with_transpose`."""
     return _rms_norm.add_rms_norm_with_transpose(
-        x, residual, weight, eps, dropout_p=dropout_p, backend=backend_in_use(backend, x.device)
+        x, residual, weight, eps, dropout_p=dropout_p, backend=_fusible(backend, x.device)
     )
 
 
 def gated_gelu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     """GELU of one half gates the other: `spade_t5.kernels.gated_gelu.gated_gelu`."""
-    return _gated_gelu.gated_gelu(a, b, backend=backend_in_use(backend, a.device))
+    return _gated_gelu.gated_gelu(a, b, backend=_fusible(backend, a.device))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:

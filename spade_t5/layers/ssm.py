@@ -138,6 +138,8 @@ class SSMMixer(nn.Module, ABC):
             return self._convolve(x_BLD, segment_ids_BL, backend="torch")
         return self._convolve(x_BLD, segment_ids_BL, backend="auto")
 
+    # Its sizes depend on the documents, and a frozen kernel is kept from one call to the next: nothing for a graph.
+    @torch.compiler.disable
     def _convolve(self, x_BLD: Tensor, segment_ids_BL: Tensor | None, *, backend: str) -> Tensor:
         """By the impulse response."""
         length = x_BLD.shape[1]

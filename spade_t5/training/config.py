@@ -80,6 +80,9 @@ class TrainingConfig:
     gradient_checkpointing: Literal["none", "selective", "full", False, True] = "none"
     """What layers keep for the backward pass: none: everything; selective: results of products, and norms, gates and dropout are computed
     again; full: their input alone, and all of each layer is computed again. true and false, of older configs, are full and none."""
+    compile: bool = False
+    """Compile every encoder and decoder layer when it first runs (`torch.compile`; not with ZeRO 3). Losses are the same up to rounding;
+    with dropout, other masks are drawn."""
     deepspeed: DeepSpeedConfig | None = None
     """Null trains in one process without DeepSpeed."""
     seed: int = 0
@@ -152,6 +155,14 @@ class TrainingConfig:
             raise ValueError(
                 f"batch_warmup: initial_rows {self.batch_warmup.initial_rows} is above global_batch_rows {self.global_batch_rows}; "
                 "lower it, or leave batch_warmup out"
+            )
+        if self.compile and self.deepspeed is not None and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "compile: ZeRO 3 gathers parameters in the middle of each layer, which no graph can hold; set compile=false or zero_stage 0 to 2"
+            )
+        if self.compile and self.recomputation == "selective":
+            raise ValueError(
+                "compile: compiled layers choose themselves which cheap results they compute again; set gradient_checkpointing to none or full"
             )
         if self.deepspeed is not None:
             check_zero_stage(self.optimizer, self.deepspeed.zero_stage)

@@ -36,6 +36,7 @@ from spade_t5.training import distributed, samples
 from spade_t5.training.agreement import on_main
 from spade_t5.training.averaging import WeightAverage
 from spade_t5.training.backend import Backend, SingleProcess
+from spade_t5.training.compilation import compile_blocks
 from spade_t5.training.config import TrainingConfig
 from spade_t5.training.data import Batch, BatchShape, Cursor, RowSource, TrainingRows
 from spade_t5.training.deepspeed import DeepSpeedBackend, start_processes
@@ -115,6 +116,8 @@ class Trainer:
         """
         start(config)
         recompute(model, config.recomputation)
+        if config.compile:
+            compile_blocks(model)
         self.backend = make_backend(model, config)
         self.objective = objective
         self._clock = clock_of(distributed.device())

@@ -36,6 +36,7 @@ FREE = (
     "training.micro_batch_rows",
     "training.kernel_backend",
     "training.gradient_checkpointing",
+    "training.compile",
     "training.deepspeed",
     "training.loader_workers",
     "training.log_every_steps",
