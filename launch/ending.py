@@ -109,7 +109,7 @@ def _did_one_stop_first(groups: Sequence[GroupEnd], outcomes: list[Outcome]) -> 
 
 
 def _failure(outcome: Outcome, logs: Path) -> Ending:
-    if outcome.code == EXIT_USER_ERROR:
+    if outcome.code == EXIT_USER_ERROR or not outcome.message:  # it has said itself what there is to say
         return Ending(outcome.code, outcome.message)
     return Ending(outcome.code, f"rank {outcome.rank}: {outcome.message}; its log is {_log_of(outcome.rank, logs)}")
 

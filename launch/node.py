@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -92,6 +93,8 @@ class _Node:
         self._arguments, self._introduction, self._stop = arguments, introduction, stop
         self._link: Link | None = None
         self._group: Group | None = None
+        self._own_logs: Path | None = None
+        """Folder of the ranks' output if this machine has made it for itself."""
         self._lost_at = time.monotonic()
         self._tried_at = -CONNECT_PAUSE_SECONDS
         self._requests_told = 0
@@ -208,7 +211,7 @@ class _Node:
         )
         logs, place = Path(message["logs"]), Place(*message["place"])
         try:
-            _wait_for(logs)
+            self._prepare(logs)
             began = time.monotonic() - float(message["seconds"])
             self._group = Group(ranks, Start(logs, int(message["attempt"]), began, place), self._stop).__enter__()
         except OSError as error:
@@ -216,8 +219,18 @@ class _Node:
             remedy = "give a run_dir, or a --log-dir, that all nodes share and may write"
             self._report(_refused(place.first_rank, f"{reason}; {remedy}", num_ranks))
 
+    def _prepare(self, logs: Path) -> None:
+        """Sees to it that the folder of the ranks' output is there, if it can be."""
+        if self._arguments.words[0] in options.RUNS:
+            _wait_for(logs)
+        elif not logs.exists():  # whether machines share a folder is what such a command is to find out
+            logs.mkdir(parents=True)
+            self._own_logs = logs
+
     def _report(self, end: GroupEnd) -> None:
         assert self._link is not None
+        if self._own_logs is not None and not any(outcome.message for outcome in end.outcomes):
+            shutil.rmtree(self._own_logs, ignore_errors=True)
         self._link.send({"do": "ended", "end": end.as_json(), "port": _free_port(self._link.local_address)})
 
     def _end_group(self) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import tempfile
 from pathlib import Path
 
 from spade_t5.errors import ConfigError
@@ -9,14 +10,16 @@ from spade_t5.launch.cli import OneLineErrorParser
 from spade_t5.launch.environment import FORWARDED
 from spade_t5.launch.supervisor import Supervision
 
-COMMANDS = ("pretrain", "finetune")
+RUNS = ("pretrain", "finetune")
+"""Commands that train in a run folder."""
+COMMANDS = (*RUNS, "doctor")
 """Commands that run on several processes."""
 
 
 def add_command(parser: argparse.ArgumentParser) -> None:
     """The command that is launched; to be added last."""
     parser.usage = f"{parser.prog} [options] -- pretrain CONFIG [key=value ...]"
-    parser.add_argument("words", nargs="+", metavar="COMMAND", help=f"{' or '.join(COMMANDS)} and its arguments")
+    parser.add_argument("words", nargs="+", metavar="COMMAND", help=f"{', '.join(COMMANDS)}, and its arguments")
 
 
 def add_supervision(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +73,14 @@ def supervision_of(arguments: argparse.Namespace) -> Supervision:
     check_least(arguments, max_restarts=0)
     name, *rest = arguments.words
     if name not in COMMANDS:
-        raise ConfigError(f"{name}: only {' and '.join(COMMANDS)} run on several processes")
+        raise ConfigError(f"{name}: only {', '.join(COMMANDS)} run on several processes")
     module = importlib.import_module(f"spade_t5.launch.commands.{name}")
     parser = OneLineErrorParser(prog=f"spade-t5 {name}", description=module.__doc__)
     module.add_arguments(parser)
     run_dir = module.run_dir_of(parser.parse_intermixed_args(rest))
+    if run_dir is None:
+        logs = arguments.log_dir or Path(tempfile.gettempdir())
+        return Supervision(run_dir=None, logs=logs, max_restarts=0, keeps_logs=arguments.log_dir is not None)
     return Supervision(run_dir=run_dir, logs=arguments.log_dir or run_dir / "logs", max_restarts=arguments.max_restarts)
 
 

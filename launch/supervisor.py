@@ -26,12 +26,14 @@ from spade_t5.training.shared_folder import make_folder, remove_empty
 class Supervision:
     """How a run is watched over."""
 
-    run_dir: Path
-    """Folder of the run, in which new checkpoints show that it gets on."""
+    run_dir: Path | None
+    """Folder of the run, in which new checkpoints show that it gets on; None for what is no run, and is started once."""
     logs: Path
     """Folder in which each launch makes one of its own for the ranks' output."""
     max_restarts: int
     """Starts after a fault without a new checkpoint in between."""
+    keeps_logs: bool = True
+    """Whether the ranks' output stays where all went well."""
 
 
 Attempt = Callable[[int, Path], Ending]
@@ -49,10 +51,12 @@ def supervise(supervision: Supervision, attempt: Attempt, stop: LauncherStop) ->
     Raises:
         ConfigError: the folder of the run or of the ranks' output cannot be made.
     """
+    if supervision.run_dir is None:
+        return _run_once(supervision, attempt)
     made = make_folder(supervision.run_dir)
     code = EXIT_USER_ERROR
     try:
-        code = _supervise(supervision, attempt, stop)
+        code = _supervise(supervision, supervision.run_dir, attempt, stop)
     finally:
         if code == EXIT_USER_ERROR:  # a refused run leaves nothing behind
             remove_empty([supervision.logs])
@@ -60,8 +64,19 @@ def supervise(supervision: Supervision, attempt: Attempt, stop: LauncherStop) ->
     return code
 
 
-def _supervise(supervision: Supervision, attempt: Attempt, stop: LauncherStop) -> int:
-    run_dir, restarts = supervision.run_dir, 0
+def _run_once(supervision: Supervision, attempt: Attempt) -> int:
+    remove_left_folders()
+    logs = _make_logs(supervision.logs)
+    ending = attempt(0, logs)
+    if ending.message:
+        say(ending.message)
+    if not supervision.keeps_logs and (ending.code != EXIT_FAULT or not ending.message):
+        shutil.rmtree(logs, ignore_errors=True)
+    return ending.code
+
+
+def _supervise(supervision: Supervision, run_dir: Path, attempt: Attempt, stop: LauncherStop) -> int:
+    restarts = 0
     remove_left_folders()
     logs = _make_logs(supervision.logs)
     run_folder = _identity(run_dir)

@@ -225,7 +225,7 @@ def test_what_cannot_be_launched_is_said_in_one_line_before_anything_starts(
         (["--nproc-per-node", "2", "--grace", "nan", "--", "pretrain", str(recipe)], "--grace: nan must be at least 1"),
         (
             ["--nproc-per-node", "2", "--", "export", "run"],
-            "export: only pretrain and finetune run on several processes",
+            "export: only pretrain, finetune, doctor run on several processes",
         ),
     )
     for words, message in own:
