@@ -63,6 +63,27 @@ def load_recipe(cls: type[T], name: str, words: list[str], *, kind: str) -> T:
     return from_mapping(cls, apply_overrides(_read(name, kind), words))
 
 
+def load_run(name: str, words: list[str]) -> Any:
+    """The config of a run of either kind: a FinetuneConfig where the file has a task, or the shipped recipe is one of fine-tuning, else a PretrainConfig.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    is_shipped = not Path(name).is_file()
+    is_task = (
+        _shipped("finetune", name).is_file() if is_shipped else "task" in apply_overrides(read_yaml(Path(name)), words)
+    )
+    kind = "finetune" if is_task else "pretrain"
+    # Either imports all that such a run does.
+    if kind == "finetune":
+        from spade_t5.finetune.config import FinetuneConfig
+
+        return load_recipe(FinetuneConfig, name, words, kind=kind)
+    from spade_t5.pretrain.run import PretrainConfig
+
+    return load_recipe(PretrainConfig, name, words, kind=kind)
+
+
 def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
     """The argument of a command whose whole input is one config: an optional YAML file, then `key=value` words."""
     names = ", ".join(field.name for field in dataclasses.fields(cls))
@@ -93,11 +114,15 @@ def positive_int(text: str) -> int:
 
 def _read(name: str, kind: str) -> ConfigDict:
     path = Path(name)
-    shipped = files("spade_t5") / "configs" / kind
     if not path.is_file() and "/" not in name:
-        recipe: Any = shipped / f"{name.removesuffix('.yaml')}.yaml"
+        recipe = _shipped(kind, name)
         if not recipe.is_file():
-            known = ", ".join(sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir()))
+            known = ", ".join(sorted(entry.stem for entry in recipe.parent.iterdir()))
             raise ConfigError(f"config file {name}: not found, and no shipped recipe has this name; recipes: {known}")
-        path = Path(str(recipe))
+        path = recipe
     return read_yaml(path)
+
+
+def _shipped(kind: str, name: str) -> Path:
+    """Where a shipped recipe of this name would be."""
+    return Path(str(files("spade_t5") / "configs" / kind)) / f"{Path(name).name.removesuffix('.yaml')}.yaml"
