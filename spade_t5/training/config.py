@@ -9,6 +9,7 @@ from spade_t5.training.profiling import ProfileConfig
 from spade_t5.training.recomputation import Recomputation
 from spade_t5.training.schedules import ConstantSchedule, Schedule
 from spade_t5.training.spikes import SpikesConfig
+from spade_t5.training.wandb_run import WandbConfig
 from spade_t5.training.watchdog import TimeoutsConfig
 
 
@@ -97,6 +98,8 @@ class TrainingConfig:
     """Steps between norms of gradient and weights by part of the model in metrics.jsonl; null: never."""
     profile: ProfileConfig | None = None
     """Steps that torch.profiler records; null: none."""
+    wandb: WandbConfig | None = None
+    """Where Weights & Biases shows the run as well; null: nowhere."""
     eval_every_steps: int | None = None
     """Steps between evaluations on held-out data; null: only at the end."""
     save_every_steps: int | None = None

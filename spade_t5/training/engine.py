@@ -46,7 +46,7 @@ from spade_t5.training.objectives import Objective
 from spade_t5.training.plots import draw_plots
 from spade_t5.training.profiling import StepProfiler
 from spade_t5.training.recomputation import recompute
-from spade_t5.training.reporting import Reporter
+from spade_t5.training.reporting import Curves, Reporter
 from spade_t5.training.skipping import SkippedSteps
 from spade_t5.training.spikes import SpikeDetector
 from spade_t5.training.steps import Evaluation, StepResult, Steps
@@ -54,6 +54,7 @@ from spade_t5.training.stopping import StopRequests
 from spade_t5.training.stragglers import RankTimes
 from spade_t5.training.throughput import CountFlops, MemoryMeter, Work, rates, work_of
 from spade_t5.training.timing import OUTSIDE_STEPS, Part, clock_of
+from spade_t5.training.wandb_run import WandbRun
 from spade_t5.training.watchdog import Phase, Watchdog
 
 logger = logging.getLogger("spade_t5")
@@ -205,6 +206,7 @@ class Trainer:
                         first_step=self._step + 1,
                         num_steps=config.steps,
                         log_every_steps=config.log_every_steps,
+                        curves=self._further_curves(),
                     )
                 )
             stack.push(self._report_time)
@@ -218,6 +220,11 @@ class Trainer:
                 self._run_until_rollback()
         if distributed.is_main():
             draw_plots(self.run_dir)
+
+    def _further_curves(self) -> list[Curves]:
+        if self.config.wandb is None:
+            return []
+        return [WandbRun(self.config.wandb, self.run_dir, self._facts.get("config", {}))]
 
     def evaluate(self) -> Evaluation:
         """Loss over all held-out rows."""

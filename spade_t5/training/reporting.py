@@ -10,10 +10,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -57,17 +57,39 @@ class _Lines:
             self._file.close()
 
 
+class Curves(Protocol):
+    """Something else that shows numbers over the steps."""
+
+    def add(self, numbers: Mapping[str, float], step: int) -> None:
+        """Adds a point to every curve."""
+        ...
+
+    def close(self) -> None:
+        """The run ends."""
+        ...
+
+
 class Reporter:
     """Writes the metrics of one run and shows its progress."""
 
-    def __init__(self, run_dir: Path, *, first_step: int, num_steps: int, log_every_steps: int) -> None:
-        """Opens the files in `run_dir`; steps before `first_step` were done by an earlier attempt."""
+    def __init__(
+        self, run_dir: Path, *, first_step: int, num_steps: int, log_every_steps: int, curves: Sequence[Curves] = ()
+    ) -> None:
+        """Opens the files in `run_dir`; steps before `first_step` were done by an earlier attempt.
+
+        Args:
+            run_dir: folder of the run.
+            first_step: of this process.
+            num_steps: of the whole run.
+            log_every_steps: steps between lines of the log.
+            curves: what else shows the numbers, besides TensorBoard.
+        """
         self._run_dir = run_dir
         self._num_steps = num_steps
         self._log_every_steps = log_every_steps
         self._metrics = _Lines(run_dir / METRICS_FILE)
         self._events = _Lines(run_dir / EVENTS_FILE)
-        self._tensorboard = TensorBoardFiles(run_dir / "tensorboard")
+        self._curves: list[Curves] = [TensorBoardFiles(run_dir / "tensorboard"), *curves]
         self._log_file = LogFile(run_dir / "log.txt")
         logger.addHandler(self._log_file)
         console = Console(stderr=True)
@@ -98,14 +120,17 @@ class Reporter:
         self._progress.stop()
         self._metrics.close()
         self._events.close()
-        self._tensorboard.close()
+        for curves in self._curves:
+            curves.close()
         logger.removeHandler(self._log_file)
         self._log_file.close()
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; numbers also go to TensorBoard under `<split>/<name>`, those of mappings with one name for each level."""
+        """One line of metrics.jsonl; numbers also become points of curves `<split>/<name>`, those of mappings with one name for each level."""
         self._metrics.write(metrics)
-        self._tensorboard.add(dict(_scalars(metrics, metrics["split"])), metrics["step"])
+        numbers = dict(_scalars(metrics, metrics["split"]))
+        for curves in self._curves:
+            curves.add(numbers, metrics["step"])
 
     def event(self, values: dict[str, Any]) -> None:
         """One line of events.jsonl."""

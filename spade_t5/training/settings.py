@@ -43,6 +43,7 @@ FREE = (
     "training.peak_tflops",
     "training.norms_every_steps",
     "training.profile",
+    "training.wandb",
     "training.eval_every_steps",
     "training.save_every_steps",
     "training.keep_checkpoints",

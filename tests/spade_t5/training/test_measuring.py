@@ -1,6 +1,7 @@
 """What a run measures of itself: norms by part, rates, memory, and which rank is slow."""
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from spade_t5.training.stragglers import SlowRanks
 from spade_t5.training.throughput import Work, rates, work_of
 from spade_t5.training.timing import PARTS
 
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 STEPS = 3
 SIZE = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 1}
 SHARDINGS = ["0-fp32", "1-fp32", "2-fp32", "3-fp32", "1-bf16", "2-bf16", "3-bf16"]
@@ -127,6 +129,8 @@ def test_the_slow_rank_is_named_though_all_wait_for_it(name: str, runs: Path) ->
         assert own_difference > ROWS_OF_RANK * ROW_SECONDS / 2 > difference
         assert line["seconds_by"]["communication"] > ROWS_OF_RANK * ROW_SECONDS / 2  # of rank 0, which waits
     assert "ranks" not in read_metrics(runs / "alone")[0]
+    documented_names = set(re.findall(r"`(\w+)`", DOCS.read_text(encoding="utf-8")))
+    assert {*ranks, *ranks["own_seconds"], "ranks"} <= documented_names
 
 
 @pytest.mark.parametrize("name", ["alone", *SHARDINGS])

@@ -52,6 +52,18 @@ def test_the_time_left_counts_steps_of_this_process(tmp_path: Path, caplog: pyte
     assert all(re.search(r"ETA 0:00:\d\d$", message) for message in told)
 
 
+def test_the_log_tells_speed_and_the_slowest_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "spade_t5")
+    own = {"min": 0.5, "median": 0.5, "max": 0.75}
+    ranks = {"seconds": own, "own_seconds": own, "slowest_rank": 3, "slowest_host": "node-2"}
+    with Reporter(tmp_path, first_step=1, num_steps=9, log_every_steps=1) as reporter:
+        reporter.train_step({**step_metrics(1), "mfu": 0.4123, "ranks": ranks})
+        reporter.train_step({**step_metrics(2), "mfu": None})
+    first, second = caplog.messages
+    assert "loss 2.0000, 5 tokens/s, MFU 41.2%, slowest rank 3 (node-2): 0.75 s of its own work in a step" in first
+    assert "MFU" not in second
+
+
 @pytest.mark.parametrize(("first_step", "steps"), [(1, []), (4, [3])])
 def test_a_run_from_elsewhere_says_where_it_goes_on(first_step: int, steps: list[int], tmp_path: Path) -> None:
     with Reporter(tmp_path, first_step=first_step, num_steps=9, log_every_steps=5):

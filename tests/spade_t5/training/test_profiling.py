@@ -1,0 +1,74 @@
+"""Recorded steps: which, by whom, and that they compute the same."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from spade_t5.checkpoint import list_checkpoints
+from spade_t5.testing import documented
+from spade_t5.testing.runs import assert_exact
+from spade_t5.training.engine import Trainer
+from spade_t5.training.profiling import ProfileConfig
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def recorded_steps(path: Path) -> list[str]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    return sorted({event["name"] for event in events if str(event.get("name", "")).startswith("step ")})
+
+
+def test_recorded_steps_compute_the_same(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(tmp_path / "plain").fit()
+    make_trainer(tmp_path / "run", profile=ProfileConfig(first_step=2, num_steps=2)).fit()
+    assert_exact(tmp_path / "run", tmp_path / "plain")
+    (path,) = (tmp_path / "run" / "profile").iterdir()
+    assert path.name == "steps-2-3.rank-00000.trace.json.gz"
+    assert recorded_steps(path) == ["step 2", "step 3"]
+
+
+def test_a_run_that_goes_on_within_the_recorded_steps_records_the_rest(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    profile = ProfileConfig(first_step=2, num_steps=3)
+    make_trainer(tmp_path / "run", steps=3, profile=profile).fit()  # ends within them too
+    trainer = make_trainer(tmp_path / "run", steps=6, profile=profile)
+    trainer.resume(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    trainer.fit()
+    paths = sorted((tmp_path / "run" / "profile").iterdir())
+    assert [path.name.partition(".")[0] for path in paths] == ["steps-2-3", "steps-4-4"]
+    assert recorded_steps(paths[1]) == ["step 4"]
+
+
+def test_other_ranks_and_steps_are_not_recorded(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(tmp_path / "ranks", steps=2, profile=ProfileConfig(first_step=1, ranks=(1, 3))).fit()
+    make_trainer(tmp_path / "steps", steps=2, profile=ProfileConfig(first_step=9)).fit()
+    assert not list(tmp_path.glob("*/profile"))
+
+
+def test_a_profile_without_a_place_is_left_out(
+    make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "profile").write_text("")
+    make_trainer(run_dir, steps=2, profile=ProfileConfig(first_step=1, num_steps=1)).fit()
+    (message,) = (record.getMessage() for record in caplog.records if "profile" in record.getMessage())
+    documented(message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"first_step": 0}, "first_step: 0 must be at least 1"),
+        ({"first_step": 3, "num_steps": 0}, "num_steps: 0 must be at least 1"),
+        ({"first_step": 3, "ranks": (0, -1)}, r"ranks: \[0, -1\] must be numbers from 0"),
+    ],
+)
+def test_wrong_settings_are_refused(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProfileConfig(**fields)  # type: ignore[arg-type]
