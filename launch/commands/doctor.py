@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
 from typing import Any
+
+import torch
 
 from spade_t5.errors import UserError
 from spade_t5.launch.config_files import load_run, positive_int
@@ -44,6 +47,9 @@ def run_dir_of(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command: 0 if all is well, 1 if something was found."""
     distributed.die_with_parent()
+    # A collective that hangs is then an error of this process, to be reported; else NCCL's watchdog would end the process.
+    if torch.cuda.is_available():
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     distributed.join(TIMEOUT_SECONDS)
     config = _config_or_error(arguments)
     on_main(lambda: _raise_error(config))

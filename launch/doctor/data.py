@@ -102,5 +102,6 @@ def _tokenizer_of(config: RunConfig) -> PreTrainedTokenizerFast:
     if isinstance(config, FinetuneConfig):
         return initial_tokenizer(config)
     if isinstance(config.data, StoreData):
-        return load_tokenizer(config.data.stores[0].store / "tokenizer")
+        # Opened first, so that of a store that is not there the same is said as by `text`.
+        return load_tokenizer(TokenStore.open(config.data.stores[0].store).path / "tokenizer")
     return load_tokenizer(config.data.tokenizer, num_sentinels=config.data.num_sentinels)

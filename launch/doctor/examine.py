@@ -119,9 +119,10 @@ def _measure(speakers: list[int], report: NodeReport | None) -> list[CollectiveT
     except RuntimeError as error:
         _note(report, {}, {"clocks": reason_of(error)})
     devices = [torch.device("cpu")]
-    if all(distributed.gather_objects(torch.cuda.is_available())):
-        torch.cuda.set_device(distributed.device())
-        devices.append(distributed.device())
+    gpu = distributed.device()
+    if all(distributed.gather_objects(gpu.type == "cuda" and (gpu.index or 0) < torch.cuda.device_count())):
+        torch.cuda.set_device(gpu)
+        devices.append(gpu)
     for device in devices:
         try:
             measured, facts = measure_network(speakers, device)

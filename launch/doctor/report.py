@@ -1,14 +1,17 @@
 """Facts of one node, gathered one by one so that none keeps another from being known."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from spade_t5.messages import reason_of
 
-PATIENCE_SECONDS = 60.0
-"""How long one fact may take; a network file system that hangs would else hold everything up."""
+PATIENCE_SECONDS = 120.0
+"""How long all facts may take together; a network file system that hangs would else hold everything up."""
+LEAST_SECONDS = 5.0
+"""How long one fact may take at least, whatever the others took."""
 
 Gatherer = Callable[[], Mapping[str, Any]]
 """Gives facts by their names, JSON values; raises if they cannot be had."""
@@ -63,20 +66,22 @@ def gather(
 
     Args:
         gatherers: by what they gather.
-        patience_seconds: how long each may take; its thread is left behind then, for nothing wakes one that waits for a dead disk.
+        patience_seconds: how long all may take; the thread of one that does not answer is left behind, for nothing wakes one that waits for a dead disk.
 
     Returns:
         facts by their names, and reasons by gatherer of those that failed.
     """
     facts: dict[str, Any] = {}
     problems: dict[str, str] = {}
+    until = time.monotonic() + patience_seconds
     for name, gatherer in gatherers.items():
+        seconds = max(until - time.monotonic(), min(LEAST_SECONDS, patience_seconds))
         result: dict[str, Any] = {}
         thread = threading.Thread(target=_call, args=(gatherer, result), name=f"doctor-{name}", daemon=True)
         thread.start()
-        thread.join(patience_seconds)
+        thread.join(seconds)
         if thread.is_alive():
-            problems[name] = f"no answer within {patience_seconds:g} s"
+            problems[name] = f"no answer within {seconds:.3g} s"
         elif "error" in result:
             problems[name] = reason_of(result["error"]) or type(result["error"]).__name__
         else:

@@ -113,28 +113,36 @@ def others_than_usual(
 def row_of(
     check: Check, reports: Sequence[NodeReport], needs: Needs, told: set[tuple[str, str]]
 ) -> tuple[Row | None, list[Finding]]:
-    """The row of a check, None if no node has anything to show, and what it found; `told` are the failures to gather that were reported already."""
+    """The row of a check, None if no node has anything to show, and what it found.
+
+    Args:
+        check: the check.
+        reports: of all nodes.
+        needs: of the run.
+        told: what was reported of each node already: what could not be gathered, and reasons. It is added to.
+    """
     having = [report for report in reports if all(fact in report.facts for fact in check.facts)]
     failed = {report.node: report.problems[check.asked] for report in reports if check.asked in report.problems}
     if not having and not failed:
         return None, []
     problems = list(check.judge(having, needs)) if check.judge is not None and having else []
+    told |= {(problem.node, problem.value) for problem in problems}
     for node, reason in failed.items():
-        if (node, check.asked) not in told:
-            told.add((node, check.asked))
+        if not told & {(node, check.asked), (node, reason)}:
             problems.append(Problem(node, reason, _REMEDIES.get(check.asked, "see to it on that node")))
+        told |= {(node, check.asked), (node, reason)}
     cells = [
         check.show(report) if report in having else ("failed" if report.node in failed else "-") for report in reports
     ]
     shown = [cell for cell in cells if cell not in ("-", "failed")]
     usual = Counter(shown).most_common(1)[0][0] if shown else ""
-    bad = {problem.node for problem in problems}
+    bad = {problem.node for problem in problems} | failed.keys()
     is_marked = [
         report.node in bad or (check.is_compared and cell not in (usual, "-"))
         for report, cell in zip(reports, cells, strict=True)
     ]
     is_judged = check.judge is not None or check.is_compared
-    verdict = "BAD" if problems else "differs" if any(is_marked) else "ok" if is_judged else ""
+    verdict = "BAD" if bad else "differs" if any(is_marked) else "ok" if is_judged else ""
     return Row(title=check.title, cells=cells, is_marked=is_marked, verdict=verdict), _findings(
         check, problems, reports
     )

@@ -4,19 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from spade_t5.launch.doctor.checks.base import Check, Judge, Needs, Problem, others_than_usual, same
 from spade_t5.launch.doctor.report import NodeReport
+from spade_t5.launch.doctor.units import gigabytes
 
 
 def data_checks(reports: Sequence[NodeReport]) -> Iterator[Check]:
     """The checks, in the order of the table: a row for each store."""
     yield same("settings", "settings", "settings", "give every node the same config file", width=12)
-    yield Check(
-        title="tokenizer",
-        asked="tokenizer",
-        facts=("tokenizer",),
-        show=lambda report: report.facts["tokenizer"][:12],
-        judge=_tokenizer,
-        is_compared=True,
-    )
     for name in dict.fromkeys(name for report in reports for name in report.facts.get("text", ())):
         yield Check(
             title=f"text {name}",
@@ -26,6 +19,20 @@ def data_checks(reports: Sequence[NodeReport]) -> Iterator[Check]:
             judge=_text(name),
             is_compared=True,
         )
+    yield Check(
+        title="tokenizer",
+        asked="tokenizer",
+        facts=("tokenizer",),
+        show=lambda report: report.facts["tokenizer"][:12],
+        judge=_tokenizer,
+        is_compared=True,
+    )
+    yield Check(
+        title="checkpoints",
+        asked="checkpoints",
+        facts=("checkpoint_bytes", "checkpoints_held"),
+        show=lambda report: f"{report.facts['checkpoints_held']} of {gigabytes(report.facts['checkpoint_bytes'])}",
+    )
 
 
 def environment_checks(reports: Sequence[NodeReport]) -> Iterator[Check]:

@@ -38,12 +38,6 @@ def storage_checks() -> Iterator[Check]:
     yield plain("  4 KiB to disk", "run_folder", "run_sync_seconds", show=milliseconds)
     yield plain("  large file", "run_folder", "run_bytes_per_second", show=speed)
     yield Check(
-        title="checkpoints",
-        asked="checkpoints",
-        facts=("checkpoint_bytes", "checkpoints_held"),
-        show=lambda report: f"{report.facts['checkpoints_held']} of {gigabytes(report.facts['checkpoint_bytes'])}",
-    )
-    yield Check(
         title="temporary files",
         asked="own_disks",
         facts=("temporary", "temporary_free_bytes"),
@@ -67,10 +61,10 @@ def storage_checks() -> Iterator[Check]:
 
 
 def _sharing(reports: Sequence[NodeReport], needs: Needs) -> Iterator[Problem]:
-    main = reports[0]
-    for report in reports:
-        if report is main:
-            continue
+    main, *others = reports
+    if main.rank != 0:  # it could not write, which is told
+        return
+    for report in others:
         if report.facts["run_unseen"]:
             value = f"{needs.run_dir} does not show what {main.node} wrote there"
         elif report.node in main.facts["run_unseen"]:
@@ -92,7 +86,7 @@ def _semantics(reports: Sequence[NodeReport], needs: Needs) -> Iterator[Problem]
 
 def _run_space(reports: Sequence[NodeReport], needs: Needs) -> Iterator[Problem]:
     main = reports[0]
-    if "checkpoint_bytes" not in main.facts:
+    if main.rank != 0 or "checkpoint_bytes" not in main.facts:
         return
     size, held = main.facts["checkpoint_bytes"], main.facts["checkpoints_held"]
     count = max(held - main.facts["run_checkpoints"], 1)

@@ -175,6 +175,20 @@ def test_what_cannot_be_looked_at_is_said_and_hides_nothing_else() -> None:
     ]
 
 
+def test_one_reason_is_told_once() -> None:
+    reason = "/data/store/manifest.json: missing"
+    lost = {"text": {"/data/store": {"problem": reason}}, "tokenizer": ...}
+    (finding,) = findings_of({}, lost, problems={"tokenizer": reason, "checkpoints": reason})
+    assert (finding.node, finding.check, finding.value) == ("n1", "text /data/store", reason)
+
+
+def test_a_main_node_that_cannot_write_is_no_news_of_the_others() -> None:
+    reports = reports_of({"run_unseen": ..., "run_free_bytes": ...}, {"run_free_bytes": 1}, {})
+    reports[0].problems["run_folder"] = "/runs/base cannot be made (Read-only file system)"
+    (finding,) = compare(reports, NEEDS).findings
+    assert (finding.node, finding.check) == ("n0", "run folder")
+
+
 def test_the_table() -> None:
     reports = reports_of({}, {"torch": "2.12.0"})
     times = [
