@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from spade_t5.config import ConfigDict, apply_overrides, from_mapping, merge, read_yaml
 from spade_t5.errors import ConfigError
+from spade_t5.launch.accelerate_config import read_accelerate_config
+from spade_t5.launch.deepspeed_config import read_deepspeed_config
 from spade_t5.training.run_folder import Resume
 
 T = TypeVar("T")
@@ -19,6 +21,29 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, kind: str, example:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help=f"settings put over the file, such as {example}"
     )
+    parser.add_argument(
+        "--deepspeed-config",
+        type=Path,
+        metavar="FILE",
+        help="DeepSpeed's own JSON file, whose settings are put over the recipe and below key=value",
+    )
+    parser.add_argument(
+        "--accelerate-config", type=Path, metavar="FILE", help="likewise the file that `accelerate config` writes"
+    )
+
+
+def foreign_settings(arguments: argparse.Namespace) -> ConfigDict:
+    """What files of other programs say, by the arguments of `add_recipe_arguments`.
+
+    Raises:
+        ConfigError: a file cannot be taken over.
+    """
+    settings: ConfigDict = {}
+    if arguments.accelerate_config is not None:
+        settings = read_accelerate_config(arguments.accelerate_config).settings
+    if arguments.deepspeed_config is not None:
+        settings = merge(settings, read_deepspeed_config(arguments.deepspeed_config))
+    return settings
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, kind: str, example: str) -> None:
@@ -48,7 +73,7 @@ def resume_of(arguments: argparse.Namespace) -> Resume:
     return Resume(point=arguments.resume, allow_changes=tuple(arguments.allow_change), strict_env=arguments.strict_env)
 
 
-def load_recipe(cls: type[T], name: str, words: list[str], *, kind: str) -> T:
+def load_recipe(cls: type[T], name: str, words: list[str], *, kind: str, foreign: ConfigDict | None = None) -> T:
     """The config in file `name`, with `key=value` words put over it.
 
     Args:
@@ -56,11 +81,12 @@ def load_recipe(cls: type[T], name: str, words: list[str], *, kind: str) -> T:
         name: path of a YAML file, or name of a shipped recipe of this kind such as `sst2-text`.
         words: overrides of the command line.
         kind: folder of the shipped recipes, "pretrain" or "finetune".
+        foreign: settings put over the file and below the words.
 
     Raises:
         ConfigError: the file is missing, or its content is wrong.
     """
-    return from_mapping(cls, apply_overrides(_read(name, kind), words))
+    return from_mapping(cls, apply_overrides(merge(_read(name, kind), foreign or {}), words))
 
 
 def load_run(name: str, words: list[str]) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from spade_t5.errors import ConfigError
 from spade_t5.launch import options
+from spade_t5.launch.accelerate_config import add_shape_option, take_over_shape
 from spade_t5.launch.many import add_arguments_of_many, launch_on
 from spade_t5.launch.remote_shell import DEFAULT_SHELL
 from spade_t5.messages import shown
@@ -20,9 +21,8 @@ _HOST = re.compile(r"[A-Za-z0-9_.@:][A-Za-z0-9_.@:-]*")  # no leading dash: it w
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this form."""
-    parser.add_argument(
-        "--hostfile", type=Path, required=True, metavar="FILE", help="the machines: HOST slots=N a line"
-    )
+    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="the machines: HOST slots=N a line")
+    add_shape_option(parser)
     parser.add_argument(
         "--nproc-per-node", type=int, metavar="N", help="processes on each machine, instead of the hostfile's slots"
     )
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command on the machines, and returns the exit code of the run."""
+    take_over_shape(arguments)
     if arguments.nproc_per_node is not None:
         options.check_least(arguments, nproc_per_node=1)
     return launch_on(read_hostfile(arguments.hostfile, arguments.nproc_per_node), arguments, arguments.remote_shell)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from spade_t5.launch import options
+from spade_t5.launch.accelerate_config import add_shape_option, take_over_shape
 from spade_t5.launch.ending import Ending, ending_of
 from spade_t5.launch.group import POLL_SECONDS, Group, Ranks, Start, describe
 from spade_t5.launch.stop_requests import LauncherStop
@@ -15,7 +16,8 @@ from spade_t5.launch.supervisor import supervise
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of this form."""
-    parser.add_argument("--nproc-per-node", type=int, required=True, metavar="N", help="processes on this machine")
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="processes on this machine")
+    add_shape_option(parser)
     options.add_supervision(parser)
     options.add_grace(parser)
     options.add_command(parser)
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command on this machine, and returns the exit code of the run."""
+    take_over_shape(arguments)
     options.check_least(arguments, nproc_per_node=1, grace=1)
     supervision = options.supervision_of(arguments)
     ranks = Ranks(

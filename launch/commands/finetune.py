@@ -5,7 +5,7 @@ from pathlib import Path
 
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.finetune.run import finetune
-from spade_t5.launch.config_files import add_run_arguments, load_recipe, resume_of
+from spade_t5.launch.config_files import add_run_arguments, foreign_settings, load_recipe, resume_of
 from spade_t5.training import distributed
 
 
@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_config(arguments: argparse.Namespace) -> FinetuneConfig:
     """The run that the arguments describe."""
-    return load_recipe(FinetuneConfig, arguments.config, arguments.overrides, kind="finetune")
+    return load_recipe(
+        FinetuneConfig, arguments.config, arguments.overrides, kind="finetune", foreign=foreign_settings(arguments)
+    )
 
 
 def run_dir_of(arguments: argparse.Namespace) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spade_t5.hf.tokenizer import T5_SENTINELS, load_tokenizer
-from spade_t5.launch.config_files import add_recipe_arguments, load_recipe, positive_int
+from spade_t5.launch.config_files import add_recipe_arguments, foreign_settings, load_recipe, positive_int
 from spade_t5.pretrain.corpora import HubCorpus
 from spade_t5.pretrain.data import StoreData, scaled_weights
 from spade_t5.pretrain.objectives import BoundDenoiser, PrefixedDenoiser, Vocabulary
@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the plan; a run that could not start ends with what to change."""
-    config = load_recipe(PretrainConfig, arguments.config, arguments.overrides, kind="pretrain")
+    config = load_recipe(
+        PretrainConfig, arguments.config, arguments.overrides, kind="pretrain", foreign=foreign_settings(arguments)
+    )
     vocabulary, source = _vocabulary(config, arguments.tokenizer, arguments.num_sentinels)
     denoisers = config.objective.denoisers(vocabulary)
     phases = _phases(denoisers)

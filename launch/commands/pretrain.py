@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from spade_t5.launch.config_files import add_run_arguments, load_recipe, resume_of
+from spade_t5.launch.config_files import add_run_arguments, foreign_settings, load_recipe, resume_of
 from spade_t5.pretrain.run import PretrainConfig, pretrain
 from spade_t5.training import distributed
 
@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_config(arguments: argparse.Namespace) -> PretrainConfig:
     """The run that the arguments describe."""
-    return load_recipe(PretrainConfig, arguments.config, arguments.overrides, kind="pretrain")
+    return load_recipe(
+        PretrainConfig, arguments.config, arguments.overrides, kind="pretrain", foreign=foreign_settings(arguments)
+    )
 
 
 def run_dir_of(arguments: argparse.Namespace) -> Path:
