@@ -3,8 +3,9 @@
 import argparse
 import os
 import shlex
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spade_t5.errors import ConfigError
@@ -27,13 +28,20 @@ def add_arguments_of_many(parser: argparse.ArgumentParser) -> None:
     options.add_command(parser)
 
 
-def launch_on(hosts: Sequence[tuple[str, int]], arguments: argparse.Namespace, remote_shell: str) -> int:
+OnEnd = Callable[[int, signal.Signals | None], None]
+"""Called at the end of a launch with its exit code and what it was asked to do, if it was; a further request does not break it off."""
+
+
+def launch_on(
+    hosts: Sequence[tuple[str, int]], arguments: argparse.Namespace, remote_shell: str, on_end: OnEnd | None = None
+) -> int:
     """Runs the command on hosts, and returns the exit code of the run.
 
     Args:
         hosts: names and numbers of ranks.
         arguments: those of `add_arguments_of_many`.
         remote_shell: reaches hosts other than this one.
+        on_end: what is to be done then.
 
     Raises:
         ConfigError: an option, the command or its config is wrong, or hosts cannot be reached.
@@ -61,13 +69,17 @@ def launch_on(hosts: Sequence[tuple[str, int]], arguments: argparse.Namespace, r
     if arguments.dry_run:
         print(_describe(gathering, supervision, arguments.words))
         return 0
-    return run_many(gathering, supervision)
+    return run_many(gathering, supervision, on_end)
 
 
-def run_many(gathering: Gathering, supervision: Supervision) -> int:
+def run_many(gathering: Gathering, supervision: Supervision, on_end: OnEnd | None = None) -> int:
     """Runs the ranks of many machines to their end, and returns the exit code of the run."""
-    with LauncherStop() as stop, Coordinator(gathering, stop) as coordinator:
-        return coordinator.finish(supervise(supervision, coordinator.run, stop))
+    with LauncherStop() as stop:
+        with Coordinator(gathering, stop) as coordinator:
+            code = coordinator.finish(supervise(supervision, coordinator.run, stop))
+        if on_end is not None:
+            on_end(code, stop.signal)
+    return code
 
 
 def node_words(name: str, num_ranks: int, arguments: argparse.Namespace) -> list[str]:
