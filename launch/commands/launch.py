@@ -9,7 +9,10 @@ HANDS_ON_WORDS = True
 FORMS = {
     "local": "all processes on this machine",
     "hostfile": "on the machines of a list, by a remote shell such as ssh",
+    "slurm": "on the nodes of a SLURM job; outside of one, submit it",
+    "k8s": "write the manifests of a run on Kubernetes",
     "node": "one machine of a launch; the other forms start it",
+    "pod": "one pod of a launch on Kubernetes; the manifests start it",
 }
 """Where processes are started, and what is said of it; each is a module of `spade_t5.launch` with `add_arguments` and `run`."""
 
