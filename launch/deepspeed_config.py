@@ -35,7 +35,7 @@ _REMEDIES = {
     "sparse_attention": "the model's attention has a window of its own, model.local_radius; remove it",
     "sparse_gradients": "is not supported; remove it",
     "tensorboard": "runs write it to tensorboard/ in the run folder; remove it",
-    "wandb": "remove it, and see docs/launching.md for what a run reports",
+    "wandb": "set training.wandb, and remove it",
 }
 _ZERO_REMEDIES = {
     "cpu_offload": "write offload_optimizer: {device: cpu}",

@@ -116,7 +116,9 @@ def manifests(arguments: argparse.Namespace) -> list[Manifest]:
         raise ConfigError(
             f"--name: {shown(arguments.name)} must be at most 40 small letters, digits and dashes, first a letter"
         )
-    _check_on_volume(options.supervision_of(arguments).run_dir, [path for _, path in _volumes(arguments)])
+    run_dir = options.supervision_of(arguments).run_dir
+    if run_dir is not None:
+        _check_on_volume(run_dir, [path for _, path in _volumes(arguments)])
     make = _job_set if arguments.kind == "jobset" else _pytorch_job
     return [_network_policy(arguments), make(arguments)]
 

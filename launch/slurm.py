@@ -175,7 +175,7 @@ def _run_in_job(arguments: argparse.Namespace, job: str) -> int:
         # At SIGTERM somebody has cancelled the job, or SLURM preempts it and puts it back itself.
         if not (arguments.requeue and code == EXIT_STOPPED and request == signal.SIGUSR1):
             return
-        if _newest_checkpoint(run_dir) == before:
+        if run_dir is None or _newest_checkpoint(run_dir) == before:
             say(f"job {job} is not put back, for it has made no checkpoint; give it more --time")
             return
         try:
@@ -203,8 +203,8 @@ def _own_address(hosts: Sequence[str]) -> str | None:
     return None
 
 
-def _newest_checkpoint(run_dir: Path) -> str | None:
-    checkpoints = list_checkpoints(run_dir / "checkpoints")
+def _newest_checkpoint(run_dir: Path | None) -> str | None:
+    checkpoints = [] if run_dir is None else list_checkpoints(run_dir / "checkpoints")
     return checkpoints[-1].name if checkpoints else None
 
 
