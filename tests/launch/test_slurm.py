@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from spade_t5.launch.cli import main
+from spade_t5.launch.environment import FORWARDED
 from spade_t5.testing import documented, guide, launch_ranks, run_command
 from spade_t5.testing.runs import assert_exact, attempts, write_recipe
 from spade_t5.testing.slurm import NODES, SlurmCluster, slurm_cluster, why_no_slurm
@@ -152,7 +153,7 @@ def test_a_job_script_asks_for_whole_nodes_and_names_variables_alone(
     outside: Callable[..., int], recipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in list(os.environ):
-        if name.startswith(("NCCL_", "OMP_", "HF_", "TORCH", "TRITON_", "TOKENIZERS_", "MKL_", "GLOO_", "SPADE_T5")):
+        if name.startswith(FORWARDED):
             monkeypatch.delenv(name)
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("WANDB_API_KEY", "a-very-secret-value")
