@@ -98,7 +98,8 @@ def run_command(argv: Sequence[str] | None = None) -> Ending:
     os.umask(os.umask(0o077) | 0o002)  # nobody but user and group may change what is written, whatever was set
     sys.excepthook = show_fault
     threading.excepthook = _show_fault_of_thread
-    is_main = os.environ.get("RANK", "0") == "0"
+    # An operator of a cluster may set RANK for what it believes to be a rank.
+    is_main = words.command == "launch" or os.environ.get("RANK", "0") == "0"
     _show_messages(is_main=is_main)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and warn of its guess
