@@ -1,8 +1,9 @@
 """What the ranks exchange in one optimizer step: which collectives, how often, how many bytes. Arithmetic only, nothing is sent.
 
 Read off DeepSpeed 0.19's source under the configuration that `deepspeed_json` makes, and compared by the tests with the calls that real
-ranks make. Left out: the first three steps of a run, in which ZeRO 3 records in what order modules run; steps behind which something is
-saved, evaluated or compared; skipped steps; optimizers that need whole parameters under ZeRO and add sums of their own.
+ranks make. Left out: the first steps of a run, in which ZeRO 3 records in what order modules run, and those with a smaller batch; steps that
+are logged, or behind which something is saved, evaluated or compared; skipped steps; optimizers that need whole parameters under ZeRO and
+add sums of their own.
 
 ZeRO: arXiv:1910.02054. Every stage sums gradients once per step (ZeRO 2 and 3: once per micro-batch); ZeRO 1 and 2 gather the updated
 weights once per step, ZeRO 3 gathers them anew in every micro-batch.
@@ -11,20 +12,23 @@ weights once per step, ZeRO 3 gathers them anew in every micro-batch.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from torch import nn
 
 from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
 from spade_t5.training.optimizers import parameter_groups
+from spade_t5.training.samples import NUM_PARTS
+from spade_t5.training.throughput import Work
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 Purpose = Literal["gradients", "weights", "numbers"]
 Phase = Literal["forward", "backward", "update"]
 
 _FLOAT64_BYTES = 8
-AGREED_NUMBERS = 9
-"""Float64 numbers that ranks add up before a step: targets, tokens, three flags, four parts of the samples' digest."""
+AGREED_NUMBERS = 3 + len(Work._fields) + NUM_PARTS
+"""Float64 numbers that ranks add up before a step: three flags, the step's work, and parts of the samples' digest."""
 # Defaults of DeepSpeed that `deepspeed_json` leaves alone.
 _UNSHARDED_BUCKET_NUMEL = 500_000_000
 _PREFETCH_NUMEL = 50_000_000
@@ -199,10 +203,9 @@ def _stage_3(
 
     # A second copy within a node comes from gathering a weight, and serves until the weight is updated: what does not train always has one.
     node_ranks = deepspeed.hpz_partition_size
-    frozen = {place for place, weight in enumerate(model.weights) if weight.group is None}
     threshold = deepspeed.persistence_threshold_numel
-    first = _Fetching(model, threshold, None if node_ranks == 1 else frozen).run()
-    others = _Fetching(model, threshold, None if node_ranks == 1 else set(range(len(model.weights)))).run()
+    first = _gathers(model, threshold, "none" if node_ranks == 1 else "frozen")
+    others = _gathers(model, threshold, "none" if node_ranks == 1 else "all")
     traffic: dict[tuple[Phase, int], Traffic] = {}
     for times, gathers in ((1, first), (micro_batches - 1, others)):
         for gather in gathers:
@@ -234,6 +237,18 @@ def _stage_3(
     small = [weight for weight in model.weights if weight.numel <= deepspeed.persistence_threshold_numel]
     if small:
         yield Traffic("all_gather", "weights", "update", world_size, len(small), sum(map(padded_bytes, small)))
+
+
+@lru_cache(maxsize=16)
+def _gathers(
+    model: ModelWeights, persistence_threshold_numel: int, seconds: Literal["none", "frozen", "all"]
+) -> list["_Gather"]:
+    """What a micro-batch gathers where these weights have a second copy within the node; does not depend on the number of ranks."""
+    places: set[int] | None = None
+    if seconds != "none":
+        weights = enumerate(model.weights)
+        places = {place for place, weight in weights if seconds == "all" or weight.group is None}
+    return _Fetching(model, persistence_threshold_numel, places).run()
 
 
 class _Gather(NamedTuple):
