@@ -18,6 +18,7 @@ BENCHMARKS = {
     "data": ("data", "preparing, loading and corrupting text, beside the tokenizer, the model and the usual collator"),
     "checkpoints": ("checkpoints", "what saving costs training, and save and load beside the bare disk"),
     "faults": ("faults", "pretraining killed again and again, compared with undisturbed runs"),
+    "scaling": ("scaling", "efficiency on 1 to 64 nodes as predicted, and the prediction against steps on slow links"),
     "glue": ("glue", "`mini` fine-tuned from scratch on GLUE"),
 }
 """Name to module of `spade_t5.benchmarks`, with `add_arguments` and `run`, and summary."""
