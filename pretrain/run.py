@@ -9,7 +9,7 @@ from spade_t5.anatomy import part_of
 from spade_t5.config import to_mapping
 from spade_t5.errors import ConfigError
 from spade_t5.flops import counter_of_run
-from spade_t5.hf.loading import build_model, load_model, resolve_model_config
+from spade_t5.hf.loading import build_model, continue_model, resolve_model_config
 from spade_t5.hf.tokenizer import check_vocabulary, model_vocab_size, save_tokenizer, tokenizer_hash
 from spade_t5.layers.head import TokenLossConfig
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
@@ -32,7 +32,8 @@ class PretrainConfig:
     run_dir: Path
     """Folder of the run, the same for all ranks."""
     model: dict[str, Any]
-    """`preset`, and fields of SpadeT5Config that replace those of the preset; or `init_from`, the path of a model to continue."""
+    """`preset`, and fields of SpadeT5Config that replace those of the preset; or `init_from`, the path of a model to continue, with
+    `dt_min` and `dt_max` if its memory is to reach further."""
     data: StoreData | StreamingData
     """Text that it is trained on."""
     objective: ObjectiveConfig = field(default_factory=SpanCorruption)
@@ -65,7 +66,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = AUTO) -> Path:
 def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
     data = on_every_rank(lambda: config.data.open(config.objective, seed=config.training.seed))
     tokenizer = data.tokenizer
-    model_config = resolve_model_config(config.model, model_vocab_size(tokenizer))
+    model_config = resolve_model_config(config.model, model_vocab_size(tokenizer), may_change=("dt_min", "dt_max"))
     check_vocabulary(tokenizer, model_config.vocab_size)
     for rank, fingerprint in enumerate(distributed.gather_objects(data.fingerprint)):
         if fingerprint != data.fingerprint:
@@ -83,7 +84,7 @@ def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
         return
     init_from = config.model.get("init_from")
     if init_from is not None:
-        model = on_every_rank(lambda: load_model(init_from, SpadeT5ForConditionalGeneration))
+        model = on_every_rank(lambda: continue_model(init_from, SpadeT5ForConditionalGeneration, model_config))
     else:
         model = build_model(SpadeT5ForConditionalGeneration, model_config, seed=config.training.seed)
     folder.begin(resolved)

@@ -20,6 +20,7 @@ from spade_t5.hf.folders import (
     read_settings,
 )
 from spade_t5.hf.tokenizer import load_tokenizer
+from spade_t5.layers.ssm import SSMMixer
 from spade_t5.messages import shown
 from spade_t5.modeling import CLASSIFIER_PREFIX, SpadeT5PreTrainedModel
 
@@ -50,8 +51,13 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path | None:
     return found
 
 
-def resolve_model_config(model: dict[str, Any], vocab_size: int) -> SpadeT5Config:
+def resolve_model_config(model: dict[str, Any], vocab_size: int, *, may_change: Sequence[str] = ()) -> SpadeT5Config:
     """The model that a config's `model` section describes, with the tokenizer's vocabulary unless it sets its own.
+
+    Args:
+        model: the section.
+        vocab_size: of the tokenizer.
+        may_change: fields that the section may set beside `init_from`.
 
     Raises:
         ConfigError: neither `preset` nor `init_from` is given, or both, or a field is wrong.
@@ -63,9 +69,10 @@ def resolve_model_config(model: dict[str, Any], vocab_size: int) -> SpadeT5Confi
             "model: give either preset, the size to start from scratch, or init_from, the model to continue"
         )
     if init_from is not None:
-        if values:
-            raise ConfigError(f"model.{next(iter(values))}: cannot be changed together with init_from; remove it")
-        return load_config(init_from)
+        refused = [name for name in values if name not in may_change]
+        if refused:
+            raise ConfigError(f"model.{refused[0]}: cannot be changed together with init_from; remove it")
+        return _saved_config({**load_config(init_from).to_dict(), **values}, Path(init_from))
     return SpadeT5Config.from_preset(preset, **{"vocab_size": vocab_size, **values})
 
 
@@ -129,6 +136,17 @@ def load_model(
         load_weights_into(model, checkpoint)
     torch.nn.Module.to(model, device)
     return model.eval()
+
+
+def continue_model(path: str | Path, cls: type[Model], config: SpadeT5Config) -> Model:
+    """The model that `path` names, to be trained on as `config` has it: with other time steps of its state-space layers, if it says so."""
+    model = load_model(path, cls)
+    if (config.dt_min, config.dt_max) != (model.config.dt_min, model.config.dt_max):
+        for module in model.modules():
+            if isinstance(module, SSMMixer):
+                module.stretch_steps(config.dt_min, config.dt_max)
+        model.config.dt_min, model.config.dt_max = config.dt_min, config.dt_max
+    return model
 
 
 def load_exported(folder: Path, cls: type[Model], config: SpadeT5Config, *, seed: int) -> Model:

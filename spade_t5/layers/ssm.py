@@ -70,6 +70,7 @@ class SSMMixer(nn.Module, ABC):
     """
 
     D: nn.Parameter
+    log_dt: nn.Parameter
 
     def __init__(
         self,
@@ -224,6 +225,30 @@ class SSMMixer(nn.Module, ABC):
         for parameter in self.parameters(recurse=False):
             parameter._is_ssm = True  # type: ignore[attr-defined]
         self.reset_cache()
+
+    @torch.no_grad()
+    def stretch_steps(self, dt_min: float, dt_max: float) -> None:
+        """Move the steps of all channels to another range, in place: each keeps its place between the ends, on a logarithmic scale.
+
+            log dt' = log dt_min' + (log dt - log dt_min) (log dt_max' - log dt_min') / (log dt_max - log dt_min)
+
+        A model that was drawn with the same seed in the new range has these steps. With a smaller `dt_min` slow channels remember longer and
+        fast ones stay as they are, which fits a model for short inputs to long ones.
+
+        Args:
+            dt_min: smallest step of the new range, in tokens.
+            dt_max: largest one.
+
+        Raises:
+            ValueError: the ends are not in order, or there is nothing to stretch: all steps were equal.
+        """
+        if not 0.0 < dt_min <= dt_max:
+            raise ValueError(f"dt_min={dt_min}, dt_max={dt_max}: give 0 < dt_min <= dt_max, in tokens")
+        if self.dt_min == self.dt_max:
+            raise ValueError(f"dt_min and dt_max were both {self.dt_min}: equal steps have no places between two ends")
+        place = (self.log_dt.double() - math.log(self.dt_min)) / (math.log(self.dt_max) - math.log(self.dt_min))
+        self.log_dt.copy_(math.log(dt_min) + place * (math.log(dt_max) - math.log(dt_min)))
+        self.dt_min, self.dt_max = dt_min, dt_max
 
     def _draw_log_dt(self, generator: torch.Generator | None) -> Tensor:
         uniform = torch.rand(self.d_model, generator=generator, dtype=torch.float64, device="cpu")

@@ -277,3 +277,20 @@ def test_wrong_arguments_are_refused() -> None:
         S4(4, dt_min=0.2, dt_max=0.1)
     with pytest.raises(ValueError, match="training_mode='none' is unknown"):
         S4(4, dt_min=1e-3, dt_max=0.1, training_mode="none")
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+def test_stretched_steps_are_those_that_the_new_range_would_have_drawn(name: str) -> None:
+    mixers = []
+    for dt_min, dt_max in ((1e-3, 0.1), (1e-4, 0.2)):
+        mixer = GLOBAL_MIXERS[name](6, dt_min=dt_min, dt_max=dt_max)
+        mixer.init_parameters(torch.Generator().manual_seed(3))
+        mixers.append(mixer)
+    before = mixers[0](torch.ones(1, 9, 6))
+    mixers[0].stretch_steps(1e-4, 0.2)
+    torch.testing.assert_close(mixers[0].log_dt, mixers[1].log_dt)
+    after, expected = (mixer(torch.ones(1, 9, 6)) for mixer in mixers)  # no kernel of the old steps is kept
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"dt_min=0\.2, dt_max=0\.1"):
+        mixers[0].stretch_steps(0.2, 0.1)
