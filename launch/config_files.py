@@ -73,7 +73,15 @@ def resume_of(arguments: argparse.Namespace) -> Resume:
     return Resume(point=arguments.resume, allow_changes=tuple(arguments.allow_change), strict_env=arguments.strict_env)
 
 
-def load_recipe(cls: type[T], name: str, words: list[str], *, kind: str, foreign: ConfigDict | None = None) -> T:
+def load_recipe(
+    cls: type[T],
+    name: str,
+    words: list[str],
+    *,
+    kind: str,
+    foreign: ConfigDict | None = None,
+    cluster: str | None = None,
+) -> T:
     """The config in file `name`, with `key=value` words put over it.
 
     Args:
@@ -82,11 +90,22 @@ def load_recipe(cls: type[T], name: str, words: list[str], *, kind: str, foreign
         words: overrides of the command line.
         kind: folder of the shipped recipes, "pretrain" or "finetune".
         foreign: settings put over the file and below the words.
+        cluster: machines whose settings lie between the file and those.
 
     Raises:
         ConfigError: the file is missing, or its content is wrong.
     """
-    return from_mapping(cls, apply_overrides(merge(_read(name, kind), foreign or {}), words))
+    recipe = _read(name, kind)
+    config = from_mapping(cls, apply_overrides(merge(recipe, foreign or {}), words))
+    if cluster is None:
+        return config
+    # What other commands need not import.
+    from spade_t5.launch.clusters import settings_on
+    from spade_t5.pretrain.run import PretrainConfig
+
+    assert isinstance(config, PretrainConfig), "clusters know pretraining"
+    below = merge(merge(recipe, settings_on(cluster, config)), foreign or {})
+    return from_mapping(cls, apply_overrides(below, words))
 
 
 def load_run(name: str, words: list[str]) -> Any:

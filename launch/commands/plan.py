@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spade_t5.hf.tokenizer import T5_SENTINELS, load_tokenizer
+from spade_t5.launch.clusters import add_cluster_argument
 from spade_t5.launch.config_files import add_recipe_arguments, foreign_settings, load_recipe, positive_int
 from spade_t5.pretrain.corpora import HubCorpus
 from spade_t5.pretrain.data import StoreData, scaled_weights
@@ -26,6 +27,7 @@ _T5_PIECES = 32000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_recipe_arguments(parser, kind="pretrain", example="objective.inputs_length=4096")
+    add_cluster_argument(parser)
     parser.add_argument(
         "--tokenizer",
         help="tokenizer that a store will be prepared with, while there is none; needed to count the tokens of prefixes",
@@ -40,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints the plan; a run that could not start ends with what to change."""
     config = load_recipe(
-        PretrainConfig, arguments.config, arguments.overrides, kind="pretrain", foreign=foreign_settings(arguments)
+        PretrainConfig,
+        arguments.config,
+        arguments.overrides,
+        kind="pretrain",
+        foreign=foreign_settings(arguments),
+        cluster=arguments.cluster,
     )
     vocabulary, source = _vocabulary(config, arguments.tokenizer, arguments.num_sentinels)
     denoisers = config.objective.denoisers(vocabulary)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from spade_t5.launch.clusters import add_cluster_argument
 from spade_t5.launch.config_files import add_run_arguments, foreign_settings, load_recipe, resume_of
 from spade_t5.pretrain.run import PretrainConfig, pretrain
 from spade_t5.training import distributed
@@ -11,12 +12,18 @@ from spade_t5.training import distributed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_run_arguments(parser, kind="pretrain", example="training.steps=1000")
+    add_cluster_argument(parser)
 
 
 def read_config(arguments: argparse.Namespace) -> PretrainConfig:
     """The run that the arguments describe."""
     return load_recipe(
-        PretrainConfig, arguments.config, arguments.overrides, kind="pretrain", foreign=foreign_settings(arguments)
+        PretrainConfig,
+        arguments.config,
+        arguments.overrides,
+        kind="pretrain",
+        foreign=foreign_settings(arguments),
+        cluster=arguments.cluster,
     )
 
 
