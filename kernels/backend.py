@@ -5,8 +5,10 @@ every device; `triton` needs a CUDA device, or Triton's interpreter (TRITON_INTE
 tests on a CPU.
 """
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -15,6 +17,30 @@ BACKENDS = ("auto", "triton", "torch", "naive")
 # Both are fixed when Triton is imported, so they are looked up once; constants also keep torch.compile from tracing it.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+_traced: tuple[str, str] | None = None
+
+
+@contextlib.contextmanager
+def traced_as(backend: str, architecture: str) -> Iterator[None]:
+    """Within it every op takes one backend, wherever its tensors are: to trace on fake tensors what another machine would keep.
+
+    Args:
+        backend: "triton" or "torch".
+        architecture: of the GPU, such as "sm_90".
+    """
+    global _traced
+    _traced = (backend, architecture)
+    try:
+        yield
+    finally:
+        _traced = None
+
+
+def traced() -> tuple[str, str] | None:
+    """Backend and architecture of `traced_as`; None outside of it, where tensors hold values."""
+    return _traced
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -33,6 +59,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
+    if _traced is not None:
+        return _traced[0]
     chosen = backend
     if backend == "auto":
         chosen = "triton" if device.type == "cuda" else "torch"

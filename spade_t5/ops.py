@@ -22,7 +22,7 @@ from spade_t5.kernels import linear_cross_entropy as _linear_cross_entropy
 from spade_t5.kernels import local_attention as _local_attention
 from spade_t5.kernels import rms_norm as _rms_norm
 from spade_t5.kernels import ssm_conv as _ssm_conv
-from spade_t5.kernels.backend import choose_backend
+from spade_t5.kernels.backend import choose_backend, traced, traced_as
 from spade_t5.kernels.cross_attention import (
     DocumentPairs,
     can_pair_documents,
@@ -60,6 +60,7 @@ __all__ = [
     "ssm_chunk_tokens",
     "ssm_conv",
     "ssm_conv_chunked",
+    "traced_as",
     "visible_keys",
 ]
 
@@ -98,6 +99,8 @@ def backend_in_use(backend: str = "auto", device: torch.device | None = None) ->
         ValueError: the same of the argument.
     """
     device = device if device is not None else torch.device("cpu")
+    if traced() is not None:
+        return choose_backend("auto", device)
     return choose_backend(backend, device) if backend != "auto" else _default_backend(device.type)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from spade_t5.kernels.backend import choose_backend, refuse_double
+from spade_t5.kernels.backend import choose_backend, refuse_double, traced
 from spade_t5.kernels.linear_cross_entropy.naive import linear_cross_entropy_naive
 from spade_t5.kernels.linear_cross_entropy.terms import LossTerms
 from spade_t5.kernels.linear_cross_entropy.torch_chunked import linear_cross_entropy_chunked
@@ -84,7 +84,7 @@ def linear_cross_entropy_with_token_losses(
         raise ValueError(f"z_loss={z_loss} is negative; use 0 to leave the term out")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1]")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and traced() is None:
         _check_range(labels, weight.shape[0], ignore_index)
     terms = LossTerms(z_loss=z_loss, label_smoothing=label_smoothing, ignore_index=ignore_index)
     chosen = choose_backend(backend, x.device)
