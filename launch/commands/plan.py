@@ -1,15 +1,22 @@
 """Say what a pretraining run would do before anything is trained: lengths, shares and sentinels of its denoisers, and how they fill rows.
 
+With --gpus also what it would take: parameters, memory of every rank, FLOPs, time, cost and checkpoints, without a GPU.
+
 Example: spade-t5 plan c4-base objective.name=ul2 objective.max_spans=100
+Example: spade-t5 plan c4-base --gpus 64 --nodes 8 --gpu h100 training.micro_batch_rows=32
 """
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spade_t5.hf.tokenizer import T5_SENTINELS, load_tokenizer
+from spade_t5.devices import find_accelerator
+from spade_t5.errors import ConfigError
+from spade_t5.hf.loading import resolve_model_config
+from spade_t5.hf.tokenizer import T5_SENTINELS, VOCABULARY_MULTIPLE, load_tokenizer
 from spade_t5.launch.clusters import add_cluster_argument
 from spade_t5.launch.config_files import add_recipe_arguments, foreign_settings, load_recipe, positive_int
 from spade_t5.pretrain.corpora import HubCorpus
@@ -38,6 +45,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sentinels that a store will be prepared with, while there is none (default: the tokenizer's, or T5's {T5_SENTINELS})",
     )
 
+    parser.add_argument("--gpus", type=positive_int, help="GPUs on all nodes together: plan what the run takes of them")
+    parser.add_argument("--nodes", type=positive_int, default=1, help="nodes that they are on (default: 1)")
+    parser.add_argument("--gpu", default="h100", help="kind of GPU: a100-80, h100, h200, b200, ... (default: h100)")
+    parser.add_argument(
+        "--mfu",
+        type=_positive_number,
+        default=0.4,
+        help="share of the peak that model FLOPs are assumed to reach (default: 0.4)",
+    )
+    parser.add_argument(
+        "--price", type=_positive_number, default=2.5, help="assumed price of a GPU for an hour (default: 2.5)"
+    )
+    parser.add_argument(
+        "--disk-gbps",
+        type=_positive_number,
+        default=1.0,
+        help="gigabytes a second that all nodes together are assumed to write to the run folder (default: 1)",
+    )
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+    return value
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the plan; a run that could not start ends with what to change."""
@@ -65,6 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n".join(_from_stream(config, config.data)))
     elif _has_stores(config):
         print("\n".join(_from_stores(config, config.data)))
+    if arguments.gpus is not None:
+        _print_resources(arguments, config, vocabulary, denoisers, phases)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +123,39 @@ class _Phase:
     def mean(self, values: Sequence[float]) -> float:
         """Mean over the draws of a value of each denoiser."""
         return sum(share * value for share, value in zip(self.shares, values, strict=True))
+
+
+def _print_resources(
+    arguments: argparse.Namespace,
+    config: PretrainConfig,
+    vocabulary: Vocabulary,
+    denoisers: Sequence[BoundDenoiser],
+    phases: Sequence[_Phase],
+) -> None:
+    """What the run takes of the GPUs, line by line: the trace of a large model takes some seconds."""
+    from spade_t5.launch.resources import Machines, Rows, resource_lines
+
+    if arguments.mfu > 1:
+        raise ConfigError(f"--mfu: {arguments.mfu:g} is a share of the peak; give at most 1")
+    machines = Machines(
+        accelerator=find_accelerator(arguments.gpu),
+        gpus=arguments.gpus,
+        nodes=arguments.nodes,
+        mfu=arguments.mfu,
+        price=arguments.price,
+        disk_gbps=arguments.disk_gbps,
+    )
+    lengths = [denoiser.lengths for denoiser in denoisers]
+    rows = Rows(
+        inputs_length=max(one.inputs for one in lengths),
+        targets_length=max(one.targets for one in lengths),
+        # Of the last phase, which is most of a run.
+        kinds=[(share, one.inputs, one.targets) for share, one in zip(phases[-1].shares, lengths, strict=True)],
+    )
+    vocab_size = -(-vocabulary.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    print()
+    for line in resource_lines(config.training, resolve_model_config(config.model, vocab_size), rows, machines):
+        print(line, flush=True)
 
 
 def _has_stores(config: PretrainConfig) -> bool:

@@ -218,3 +218,66 @@ def test_the_hub_is_not_asked(plan: Plan, tokenizer: Path) -> None:
     code, output, _ = plan(f"data={{name: streaming, corpus: {corpus}, tokenizer: {tokenizer}, lanes: 7}}")
     assert code == 0
     assert "the hub is not asked for nobody/has-this-data-set; data.lanes=7 needs" in output
+
+
+GPUS = ("--gpus", "2", "--gpu", "l4")
+
+
+def test_what_a_run_takes_of_gpus(plan: Plan) -> None:
+    code, output, _ = plan(*GPUS, "--nodes", "2", "--mfu", "0.5", "--price", "3")
+    assert code == 0
+    assert "machines   2 GPUs L4 on 2 nodes, 22.49 GiB each" in output
+    assert "parameters 4,974,976: 4,933,760 train, 41,216 are frozen" in output
+    assert "700 of 16 rows: 1 micro-batch of 8 rows on each rank" in output
+    assert "(assumed: MFU 50% of 30 TFLOP/s)" in output
+    assert "(assumed: 3 for a GPU and hour)" in output
+    own = [line.split() for line in output.splitlines() if line.endswith("*")]
+    assert [line[:2] for line in own] == [["fp32", "2"]]
+    modes = [line.split()[:2] for line in output.splitlines() if re.match(r"\s*(fp32|bf16)", line)]
+    assert modes == [
+        [precision, str(stage)]
+        for precision in ("fp32", "bf16_autocast", "bf16")
+        for stage in range(4)
+        if (precision, stage) != ("bf16", 0)
+    ]
+    assert re.search(r"the largest micro-batch that fits is about [\d,]+ rows; a rank has 8 in a step", output)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpu", "h300"), "--gpu: 'h300' is not known; give one of a100-40"),
+        (("--gpus", "3", "--nodes", "2"), "--gpus: 3 GPUs cannot be shared out evenly over 2 nodes"),
+        (("training.deepspeed=null",), "training.deepspeed: null trains in one process, but --gpus is 2"),
+        (
+            ("training.deepspeed={zero_stage: 3, hpz_partition_size: 3}",),
+            "training.deepspeed.hpz_partition_size: 3 does not divide the 2 ranks",
+        ),
+        (
+            ("training.precision=bf16", "model.ssm_training=full"),
+            "training.precision: bf16 would round the state-space parameters that train",
+        ),
+        (
+            ("training.micro_batch_rows=20000", "training.global_batch_rows=40000"),
+            r"training.micro_batch_rows: 20000 rows at once need .* GiB on each L4, .*; set training.micro_batch_rows=\d",
+        ),
+        (
+            ("model.preset=xl", "training.deepspeed.zero_stage=0"),
+            "use more GPUs, a higher training.deepspeed.zero_stage, training.gradient_checkpointing=full",
+        ),
+        (("--mfu", "1.5"), "--mfu: 1.5 is a share of the peak; give at most 1"),
+    ],
+    ids=["gpu", "nodes", "deepspeed", "hpz", "precision", "rows", "model", "mfu"],
+)
+def test_a_run_that_could_not_start_on_the_gpus(plan: Plan, words: tuple[str, ...], message: str) -> None:
+    code, _, errors = plan(*GPUS, *words)
+    assert code == 2
+    assert re.search(message, errors), errors
+
+
+def test_the_example_of_the_guide(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    command, _, rest = guide.partition("$ spade-t5 ")[2].partition("\n")
+    expected = rest.partition("...\n")[2].partition("\n```")[0]
+    assert main([*command.split(), f"data.store={tmp_path / 'none'}", f"run_dir={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr().out.partition("machines")[2].rstrip() == expected.partition("machines")[2].rstrip()

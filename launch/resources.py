@@ -1,0 +1,287 @@
+"""What a run would take of given machines: parameters, memory of every rank, FLOPs, time, cost, checkpoints. Arithmetic and a trace, no GPU.
+
+The equations are in `spade_t5.flops` and `spade_t5.memory`; here they meet a config, a number of GPUs and what is assumed of them, and become
+lines of text. What is assumed rather than counted is marked as such.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spade_t5.configuration import SpadeT5Config
+from spade_t5.devices import Accelerator
+from spade_t5.errors import ConfigError
+from spade_t5.flops import BatchLayout
+from spade_t5.flops.model import model_flops
+from spade_t5.memory.activations import Activations, Workload, trace_activations
+from spade_t5.memory.parameters import Parameters
+from spade_t5.memory.states import RankStates, largest_rank, num_micro_batches
+from spade_t5.modeling import SpadeT5ForConditionalGeneration
+from spade_t5.training.batch_warmup import StepRows
+from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
+from spade_t5.training.deepspeed import deepspeed_json
+from spade_t5.training.optimizers import check_zero_stage
+
+GIB = 1 << 30
+RESERVE_BYTES, RESERVE_SHARE = 2 * GIB, 0.05
+"""Memory that is left to the driver, the communication library and gaps between blocks: an assumption."""
+
+PRECISIONS = ("fp32", "bf16_autocast", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machines:
+    """What the run is planned for."""
+
+    accelerator: Accelerator
+    """Kind of GPU."""
+    gpus: int
+    """On all nodes together."""
+    nodes: int
+    """Nodes, with equally many GPUs."""
+    mfu: float
+    """Assumed share of the peak that model FLOPs reach."""
+    price: float
+    """Assumed price of a GPU for an hour."""
+    disk_gbps: float
+    """Assumed gigabytes a second that all nodes together write to the run folder."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory of a GPU without the reserve."""
+        return int(self.accelerator.memory_bytes * (1 - RESERVE_SHARE)) - RESERVE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """What the rows of a step hold."""
+
+    inputs_length: int
+    """Positions of a row's inputs."""
+    targets_length: int
+    """Of its targets."""
+    kinds: Sequence[tuple[float, int, int]]
+    """Share of the rows, inputs and targets that they hold."""
+
+
+def resource_lines(
+    config: TrainingConfig, model_config: SpadeT5Config, rows: Rows, machines: Machines
+) -> Iterator[str]:
+    """The plan of a run, line by line.
+
+    Raises:
+        ConfigError: the run would not start on these machines, or its memory does not suffice.
+    """
+    _check(config, model_config, machines)
+    parameters = _parameters(model_config)
+    yield f"machines   {_count(machines.gpus, 'GPU')} {machines.accelerator.name} on {_count(machines.nodes, 'node')}, {_gib(machines.accelerator.memory_bytes)} each"
+    yield from _parameter_lines(parameters)
+    yield from _time_lines(config, model_config, rows, machines)
+    yield from _checkpoint_lines(config, parameters, machines)
+    yield ""
+    traced = {precision: _activations(config, model_config, rows, precision, machines) for precision in PRECISIONS}
+    yield f"memory     bytes of the fullest rank, {config.micro_batch_rows} rows at once, gradient_checkpointing={config.recomputation}; * is this run"
+    yield from _table(config, parameters, machines, traced)
+    doubled = dataclasses.replace(config, micro_batch_rows=2 * config.micro_batch_rows)
+    twice = _activations(doubled, model_config, rows, config.precision, machines)
+    states = _states(config, parameters, machines.gpus)
+    yield from _verdict(config, states, machines, traced[config.precision], twice)
+
+
+def _check(config: TrainingConfig, model_config: SpadeT5Config, machines: Machines) -> None:
+    """What a start would refuse."""
+    if machines.gpus % machines.nodes:
+        raise ConfigError(f"--gpus: {machines.gpus} GPUs cannot be shared out evenly over {machines.nodes} nodes")
+    if config.deepspeed is None:
+        if machines.gpus > 1:
+            raise ConfigError(
+                f"training.deepspeed: null trains in one process, but --gpus is {machines.gpus}; set training.deepspeed.zero_stage=1"
+            )
+        return
+    deepspeed_json(config, config.deepspeed, machines.gpus)
+    check_zero_stage(config.optimizer, config.deepspeed.zero_stage)
+    if config.precision == "bf16" and model_config.global_layers and model_config.ssm_training != "frozen":
+        raise ConfigError(
+            "training.precision: bf16 would round the state-space parameters that train; use bf16_autocast, or model.ssm_training=frozen"
+        )
+
+
+def _parameters(model_config: SpadeT5Config) -> Parameters:
+    with torch.device("meta"):
+        return Parameters.of(SpadeT5ForConditionalGeneration(model_config))
+
+
+def _parameter_lines(parameters: Parameters) -> Iterator[str]:
+    yield f"parameters {parameters.trained + parameters.frozen:,}: {parameters.trained:,} train, {parameters.frozen:,} are frozen"
+    for part, (trained, frozen) in parameters.by_part().items():
+        yield f"           {part} {trained + frozen:,}" + (f", frozen {frozen:,}" if frozen else "")
+
+
+def row_flops(model_config: SpadeT5Config, rows: Rows) -> float:
+    """Model FLOPs of a mean row, forward and backward, as if it were one document."""
+    return sum(
+        share * model_flops(model_config, _layout(rows, inputs, targets), has_decoder=True)
+        for share, inputs, targets in rows.kinds
+    )
+
+
+def _layout(rows: Rows, inputs: int, targets: int) -> BatchLayout:
+    return BatchLayout(
+        rows=1,
+        inputs_length=rows.inputs_length,
+        targets_length=rows.targets_length,
+        input_tokens=np.array([inputs]),
+        target_tokens=np.array([targets]),
+        labelled=targets,
+        label_columns=1,
+        segment_ids=None,
+        decoder_segment_ids=None,
+    )
+
+
+def _time_lines(config: TrainingConfig, model_config: SpadeT5Config, rows: Rows, machines: Machines) -> Iterator[str]:
+    of_row = row_flops(model_config, rows)
+    total_rows = StepRows(config.global_batch_rows, config.batch_warmup).before(config.steps + 1)
+    speed = machines.gpus * machines.accelerator.peak_flops(config.precision) * machines.mfu
+    step_seconds = of_row * config.global_batch_rows / speed
+    hours = of_row * total_rows / speed / 3600
+    inputs = sum(share * inputs for share, inputs, _ in rows.kinds)
+    micro_batches = num_micro_batches(config, machines.gpus)
+    yield (
+        f"steps      {config.steps:,} of {config.global_batch_rows} rows: {_count(micro_batches, 'micro-batch', 'micro-batches')} "
+        f"of {config.micro_batch_rows} rows on each rank"
+    )
+    empty = micro_batches * config.micro_batch_rows * machines.gpus - config.global_batch_rows
+    if empty:
+        yield f"           {_count(empty, 'row')} of each step are empty, to make the ranks' shares equal"
+    yield f"FLOPs      {of_row * config.global_batch_rows:.4g} a step, {of_row * total_rows:.4g} the run (model FLOPs, each row as one document)"
+    yield (
+        f"time       {step_seconds:.3g} s a step, {hours:.3g} h the run; {config.global_batch_rows * inputs / step_seconds:,.0f} input tokens a second"
+        f" (assumed: MFU {machines.mfu:.0%} of {machines.accelerator.peak_flops(config.precision) / 1e12:,.0f} TFLOP/s)"
+    )
+    yield f"cost       {hours * machines.gpus * machines.price:,.2f} (assumed: {machines.price:g} for a GPU and hour)"
+
+
+def _checkpoint_lines(config: TrainingConfig, parameters: Parameters, machines: Machines) -> Iterator[str]:
+    copies = 1 + config.optimizer.num_moments + (config.ema_decay is not None)
+    num_bytes = 4 * (copies * parameters.trained + parameters.frozen)
+    seconds = num_bytes / (machines.disk_gbps * 1e9)
+    yield f"checkpoint {_gib(num_bytes)}, written in {seconds:.3g} s behind training (assumed: {machines.disk_gbps:g} GB/s to the run folder)"
+    is_sharded = config.deepspeed is not None and config.deepspeed.zero_stage > 0
+    share = 4 * copies * parameters.trained / (machines.gpus if is_sharded else 1)
+    of_rank = int(share + 8 * parameters.frozen)
+    of_node = of_rank * (machines.gpus // machines.nodes) if is_sharded else of_rank
+    yield f"           host memory of its copy: {_gib(of_rank)} a rank{'' if is_sharded else ', on the first alone'}, {_gib(of_node)} a node"
+
+
+def _activations(
+    config: TrainingConfig, model_config: SpadeT5Config, rows: Rows, precision: str, machines: Machines
+) -> Activations:
+    architecture = machines.accelerator.architecture
+    return trace_activations(
+        model_config,
+        Workload(
+            rows=config.micro_batch_rows,
+            inputs_length=rows.inputs_length,
+            targets_length=rows.targets_length,
+            precision=precision,
+            recomputation=config.recomputation,
+            backend="torch" if config.kernel_backend in ("torch", "naive") else "triton",
+            architecture=architecture if architecture.startswith("sm_") else "sm_90",
+        ),
+    )
+
+
+def _states(config: TrainingConfig, parameters: Parameters, gpus: int) -> RankStates:
+    return largest_rank(config, parameters, world_size=gpus)
+
+
+def _table(
+    config: TrainingConfig, parameters: Parameters, machines: Machines, traced: dict[str, Activations]
+) -> Iterator[str]:
+    lines = [["precision", "ZeRO", "weights", "gradients", "optimizer", "buffers", "activations", "largest", ""]]
+    own_stage = None if config.deepspeed is None else config.deepspeed.zero_stage
+    for precision in PRECISIONS:
+        for stage in (0, 1, 2, 3):
+            if (precision == "bf16" and stage == 0) or stage > config.optimizer.max_zero_stage:
+                continue
+            of_stage = _at_stage(config, precision, stage)
+            states = _states(of_stage, parameters, machines.gpus)
+            largest = states.largest(traced[precision].peak)
+            is_own = precision == config.precision and stage == (own_stage or 0)
+            mark = ("* " if is_own else "") + ("" if largest <= machines.usable_bytes else "does not fit")
+            lines.append(
+                [
+                    precision,
+                    str(stage),
+                    _gib(states.weights + states.frozen),
+                    _gib(states.gradients + states.accumulated),
+                    _gib(states.master + states.moments + states.average),
+                    _gib(states.buckets + states.persistent + states.secondary + states.gathered),
+                    _gib(traced[precision].peak),
+                    _gib(largest),
+                    mark,
+                ]
+            )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for cells in lines:
+        yield (
+            "  ".join(cell.rjust(width) for cell, width in zip(cells[:-1], widths, strict=False))
+            + f"  {cells[-1]}".rstrip()
+        )
+
+
+def _at_stage(config: TrainingConfig, precision: str, stage: int) -> TrainingConfig:
+    """The same run in another precision and at another stage, without what only its own stage has."""
+    deepspeed = config.deepspeed or DeepSpeedConfig()
+    if deepspeed.zero_stage != stage:
+        deepspeed = dataclasses.replace(
+            deepspeed,
+            zero_stage=stage,  # type: ignore[arg-type]
+            offload_optimizer=deepspeed.offload_optimizer and stage > 0,
+            offload_parameters=False,
+            hpz_partition_size=1,
+        )
+    return dataclasses.replace(config, precision=precision, deepspeed=deepspeed)  # type: ignore[arg-type]
+
+
+def _verdict(
+    config: TrainingConfig, states: RankStates, machines: Machines, once: Activations, twice: Activations
+) -> Iterator[str]:
+    """Whether the run fits, and how many rows would.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    usable = machines.usable_bytes
+    of_row = max(1.0, (twice.peak - once.peak) / config.micro_batch_rows)
+    constant = once.peak - of_row * config.micro_batch_rows
+    most = int((usable - states.largest(0) - constant) / of_row) if states.largest(0) < usable else 0
+    rank_rows = -(-config.global_batch_rows // machines.gpus)
+    largest = states.largest(once.peak)
+    if largest > usable:
+        remedy = (
+            f"set training.micro_batch_rows={min(most, rank_rows)}"
+            if most > 0
+            else "use more GPUs, a higher training.deepspeed.zero_stage, training.gradient_checkpointing=full, or training.precision=bf16"
+        )
+        raise ConfigError(
+            f"training.micro_batch_rows: {config.micro_batch_rows} rows at once need {_gib(largest)} on each {machines.accelerator.name}, "
+            f"which has {_gib(usable)} to give; {remedy}"
+        )
+    yield (
+        f"           it fits into {_gib(usable)} ({_gib(machines.accelerator.memory_bytes)} without the {_gib(RESERVE_BYTES)} and "
+        f"{RESERVE_SHARE:.0%} assumed for driver, NCCL and gaps)"
+    )
+    yield f"           the largest micro-batch that fits is about {most:,} rows; a rank has {rank_rows:,} in a step"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
