@@ -1,5 +1,8 @@
 """`spade-t5 launch hostfile` on two hosts: links are cut, hosts are killed and taken away, and the run ends as if nothing had happened."""
 
+import contextlib
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +24,8 @@ from spade_t5.testing.runs import assert_exact, attempts, lineage, write_recipe
 SPADE_T5 = [sys.executable, "-m", "spade_t5.launch"]
 STEPS = 30
 LOST_AFTER = 5
+WAIT_FOR_NODES = 30
+"""Long enough for two of them to be started on a slow machine."""
 STEP_SECONDS = 8
 SECRET = "never-to-be-seen-0123456789"
 
@@ -74,9 +79,9 @@ class Launched:
     def send(self, number: int) -> None:
         self._launcher.kill(number)
 
-    def interrupt(self) -> None:
-        """Ctrl-C in its terminal."""
-        self._launcher.kill_group(signal.SIGINT)
+    def send_to_group(self, number: int) -> None:
+        """As Ctrl-C in its terminal sends SIGINT."""
+        self._launcher.kill_group(number)
 
     def wait(self, seconds: float = 240) -> int:
         try:
@@ -121,6 +126,15 @@ def assert_idle(hosts: Hosts, within_seconds: float = 5) -> None:
     for host in hosts:
         if not host.is_removed:
             host.assert_idle(within_seconds)
+
+
+def assert_saved_as_stopped(run_dir: Path) -> None:
+    """The newest checkpoint is good, and of the last step."""
+    stopped = max(lineage(run_dir))
+    assert stopped < STEPS
+    newest = list_checkpoints(run_dir / "checkpoints")[-1]
+    assert newest.name == f"step-{stopped:08d}"
+    verify_checkpoint(newest)
 
 
 def assert_as_good(run_dir: Path, expected: Path) -> None:
@@ -202,7 +216,7 @@ def test_it_trains_across_both_hosts_and_shows_nobody_its_secrets(
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
-def test_a_cut_link_and_a_killed_host_cost_restarts_only(
+def test_a_cut_link_and_a_killed_host_cost_restarts_only_and_a_request_stops_all(
     hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -217,7 +231,9 @@ def test_a_cut_link_and_a_killed_host_cost_restarts_only(
         hosts[1].kill_all()
         launched.wait_until(lambda: launched.stderr.count("starting again") == 2)
         hosts[1].start_sshd()
-        assert launched.wait() == 0, launched.stderr
+        launched.wait_for_more_steps(3)
+        launched.send(signal.SIGUSR1)
+        assert launched.wait(60) == 75, launched.stderr
     assert_idle(hosts)
     lost = [line for line in launched.said() if line.startswith("spade-t5 launch: lost")]
     assert lost == [
@@ -226,6 +242,8 @@ def test_a_cut_link_and_a_killed_host_cost_restarts_only(
     ]
     for line in launched.said():
         documented(line)
+    assert_saved_as_stopped(run_dir)
+    train_here(recipe, run_dir, 2)
     assert_exact(run_dir, undisturbed)
 
 
@@ -233,7 +251,7 @@ def test_without_a_host_that_is_gone_it_goes_on_and_stops_when_asked(
     recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    options = ("--nnodes", "1:2", "--wait-for-nodes", "6")
+    options = ("--nnodes", "1:2", "--wait-for-nodes", str(WAIT_FOR_NODES))
     with hosts_or_skip(tmp_path) as hosts, Launched(hosts, recipe, run_dir, options=options) as launched:
         launched.wait_for_steps(7)
         hosts.remove(hosts[1])
@@ -244,11 +262,7 @@ def test_without_a_host_that_is_gone_it_goes_on_and_stops_when_asked(
         assert_idle(hosts)
     for line in launched.said():
         documented(line)
-    stopped = max(lineage(run_dir))
-    assert stopped < STEPS
-    newest = list_checkpoints(run_dir / "checkpoints")[-1]
-    assert newest.name == f"step-{stopped:08d}"
-    verify_checkpoint(newest)
+    assert_saved_as_stopped(run_dir)
     train_here(recipe, run_dir, 1)
     assert_as_good(run_dir, undisturbed)
 
@@ -262,3 +276,150 @@ def test_a_wrong_config_is_refused_before_anything_starts(hosts: Hosts, recipe: 
     assert hosts[1].sshd_log.read_text() == log, "nobody has logged in"
     assert not (tmp_path / "run").exists()
     assert_idle(hosts)
+
+
+@pytest.mark.faults
+def test_ranks_that_notice_the_cut_before_the_launcher_does_name_the_host(
+    hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with Launched(hosts, recipe, run_dir, options=("--lost-after", "40")) as launched:
+        launched.wait_for_steps(7)
+        with hosts.cut(hosts[1]):
+            launched.wait_until(lambda: "starting again" in launched.stderr)
+        assert launched.wait() == 0, launched.stderr
+    assert_idle(hosts)
+    assert re.search(r"hanging: rank 1 \(host2, pid \d+\) did not answer", launched.stderr)
+    assert_exact(run_dir, undisturbed)
+
+
+@pytest.mark.faults
+def test_a_short_cut_costs_nothing(hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    with Launched(hosts, recipe, tmp_path / "run", options=("--lost-after", "10")) as launched:
+        for count in (3, 9, 15):
+            launched.wait_for_steps(count)
+            with hosts.cut(hosts[count % 2]):
+                time.sleep(2)
+        assert launched.wait() == 0, launched.stderr
+    assert_idle(hosts)
+    assert launched.said() == []
+    assert_exact(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["host killed", "host killed behind a cut", "launcher killed"])
+def test_the_other_host_ends_by_itself_and_the_same_command_goes_on(
+    how: str, hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with Launched(hosts, recipe, run_dir, options=("--wait-for-nodes", str(WAIT_FOR_NODES))) as launched:
+        launched.wait_for_steps(7)
+        if how == "launcher killed":
+            launched.send(signal.SIGKILL)
+            assert_idle(hosts, 15)
+        else:
+            with contextlib.ExitStack() as stack:
+                if how == "host killed behind a cut":
+                    stack.enter_context(hosts.cut(hosts[0]))
+                hosts[0].kill_all()
+                deadline = time.monotonic() + 4 * LOST_AFTER
+                while is_training_on(hosts[1]):
+                    assert time.monotonic() < deadline, hosts[1].processes()
+                    time.sleep(0.1)
+                hosts[1].assert_idle(2 * WAIT_FOR_NODES)  # behind a cut it looks for the launcher for so long
+            hosts[0].start_sshd()
+    with Launched(hosts, recipe, run_dir) as launched:
+        assert launched.wait() == 0, launched.stderr
+    assert_idle(hosts)
+    assert_exact(run_dir, undisturbed)
+
+
+@pytest.mark.faults
+def test_too_few_hosts_end_the_run(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with hosts_or_skip(tmp_path) as hosts:
+        options = ("--nnodes", "2", "--wait-for-nodes", str(WAIT_FOR_NODES))
+        with Launched(hosts, recipe, run_dir, options=options) as launched:
+            launched.wait_for_steps(7)
+            hosts.remove(hosts[1])
+            assert launched.wait() == 1, launched.stderr
+        assert_idle(hosts)
+    said = [line for line in launched.said() if "--nnodes demands 2" in line]
+    assert f"host2: no sign of it within --wait-for-nodes {WAIT_FOR_NODES} s; 1 of 2 nodes are there" in said[0]
+    documented(said[0])
+    train_here(recipe, run_dir, 2)
+    assert_exact(run_dir, undisturbed)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("to", ["launcher", "terminal", "node", "rank"])
+def test_any_request_to_stop_ends_in_75_and_loses_nothing(
+    number: signal.Signals, to: str, hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with Launched(hosts, recipe, run_dir) as launched:
+        launched.wait_for_steps(4)
+        if to == "launcher":
+            launched.send(number)
+        elif to == "terminal":
+            launched.send_to_group(number)
+        elif to == "node":
+            node = next(pid for pid, words in hosts[1].processes().items() if "launch node" in words and "-m" in words)
+            os.kill(node, number)
+        else:
+            ranks_on(hosts[1])[0].send_signal(number)
+        assert launched.wait(60) == 75, launched.stderr
+    assert_idle(hosts)
+    assert_saved_as_stopped(run_dir)
+    train_here(recipe, run_dir, 2)
+    assert [step for step, _ in attempts(run_dir)] == list(range(1, STEPS + 1))
+    assert_exact(run_dir, undisturbed)
+
+
+@pytest.mark.faults
+def test_what_the_ranks_refuse_ends_with_2_at_once(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
+    with Launched(hosts, recipe, tmp_path / "run", "training.deepspeed=null") as launched:
+        assert launched.wait() == 2, launched.stderr
+    assert_idle(hosts)
+    assert launched.said() == [
+        "spade-t5 launch: training.deepspeed: null, but 2 processes were launched; set training.deepspeed.zero_stage=1"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+def test_a_rank_that_always_dies_ends_the_run_with_1(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BROKEN_ON_HOST_2)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    options = ("--max-restarts", "1")
+    with Launched(hosts, recipe, tmp_path / "run", options=options, env={"PYTHONPATH": path}) as launched:
+        assert launched.wait() == 1, launched.stderr
+    assert_idle(hosts)
+    said = launched.said()
+    assert [line for line in said if "rank 1: RuntimeError: broken on purpose" in line] == said[0::2][:2]
+    assert "starting again, 1 of 1 without a new checkpoint" in said[1]
+    assert "giving up after --max-restarts 1 without a new checkpoint" in said[3]
+
+
+BROKEN_ON_HOST_2 = """
+import os, sys
+def break_off(event, arguments):
+    if event == "import" and arguments[0] == "spade_t5.training.engine":
+        raise RuntimeError("broken on purpose")
+if "LOCAL_RANK" in os.environ and os.uname().nodename == "host2":
+    sys.addaudithook(break_off)
+"""
+
+
+@pytest.mark.faults
+def test_hosts_with_different_numbers_of_ranks(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
+    train_here(recipe, tmp_path / "undisturbed", 3)
+    with Launched(hosts, recipe, tmp_path / "run", slots=(1, 2)) as launched:
+        launched.wait_for_steps(4)
+        assert [len(ranks_on(host)) for host in hosts] == [1, 2]
+        ranks_on(hosts[1])[1].kill()
+        assert launched.wait() == 0, launched.stderr
+    assert_idle(hosts)
+    assert "rank 2 was killed by SIGKILL" in launched.said()[0]
+    assert_exact(tmp_path / "run", tmp_path / "undisturbed")
