@@ -122,6 +122,17 @@ def is_training_on(host: Host) -> bool:
     return any("/rank.py " in words for words in host.processes().values())
 
 
+def is_launching_on(host: Host) -> bool:
+    return any("spade_t5" in words for words in host.processes().values())
+
+
+def wait_for_end_of(condition: Callable[[Host], bool], host: Host, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while condition(host):
+        assert time.monotonic() < deadline, host.processes()
+        time.sleep(0.1)
+
+
 def assert_idle(hosts: Hosts, within_seconds: float = 5) -> None:
     for host in hosts:
         if not host.is_removed:
@@ -322,11 +333,10 @@ def test_the_other_host_ends_by_itself_and_the_same_command_goes_on(
                 if how == "host killed behind a cut":
                     stack.enter_context(hosts.cut(hosts[0]))
                 hosts[0].kill_all()
-                deadline = time.monotonic() + 4 * LOST_AFTER
-                while is_training_on(hosts[1]):
-                    assert time.monotonic() < deadline, hosts[1].processes()
-                    time.sleep(0.1)
-                hosts[1].assert_idle(2 * WAIT_FOR_NODES)  # behind a cut it looks for the launcher for so long
+                wait_for_end_of(is_training_on, hosts[1], 4 * LOST_AFTER)
+                wait_for_end_of(is_launching_on, hosts[1], 2 * WAIT_FOR_NODES)  # behind a cut it looks for the launcher
+            hosts[1].kill_all()  # there sshd waits longer for the other end
+            hosts[1].start_sshd()
             hosts[0].start_sshd()
     with Launched(hosts, recipe, run_dir) as launched:
         assert launched.wait() == 0, launched.stderr
