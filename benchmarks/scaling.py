@@ -25,7 +25,7 @@ from spade_t5.flops import FlopsCounter
 from spade_t5.training.communication import ModelWeights, describe
 from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
 from spade_t5.training.optimizers import AdamWConfig
-from spade_t5.training.scaling import Link, StepTime, gpu_network, predict_nodes
+from spade_t5.training.scaling import Link, StepTime, gpu_network, parse_link, predict_nodes
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 MICRO_ROWS = {"base": 32, "large": 16, "xl": 8}
@@ -66,24 +66,12 @@ class Case:
         return f"ZeRO {self.zero_stage}" + (", hpZ" if self.is_hierarchical else "")
 
 
-def link(words: str) -> Link:
-    """Parses GB/s:microseconds."""
-    bandwidth, _, latency = words.partition(":")
-    try:
-        result = Link(latency_seconds=float(latency) * 1e-6, bytes_per_second=float(bandwidth) * 1e9)
-    except ValueError:
-        raise ConfigError(f"link: {words!r} is not GB/s:microseconds; give for example {WITHIN}") from None
-    if result.bytes_per_second <= 0 or result.latency_seconds < 0:
-        raise ConfigError(f"link: {words!r} needs a positive bandwidth and a latency that is not negative")
-    return result
-
-
 def named_link(words: str) -> tuple[str, Link]:
     """Parses NAME=GB/s:microseconds."""
     name, sign, values = words.rpartition("=")
     if not sign:
         raise ConfigError(f"--between: {words!r} has no name; give NAME=GB/s:microseconds")
-    return name, link(values)
+    return name, parse_link(values)
 
 
 def cases(networks: list[str]) -> Iterator[Case]:
@@ -135,7 +123,7 @@ def predict(
         model,
         config,
         deepspeed,
-        gpu_network(node_ranks=options.node_ranks, within=link(options.within), between=between),
+        gpu_network(node_ranks=options.node_ranks, within=parse_link(options.within), between=between),
         num_nodes=NODES,
         micro_batches=case.micro_batches,
         compute_seconds=case.micro_batches * flops / (options.mfu * gpu.peak_flops(case.precision)),

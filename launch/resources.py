@@ -21,13 +21,21 @@ from spade_t5.memory.parameters import Parameters
 from spade_t5.memory.states import RankStates, largest_rank, num_micro_batches
 from spade_t5.modeling import SpadeT5ForConditionalGeneration
 from spade_t5.training.batch_warmup import StepRows
+from spade_t5.training.communication import describe
 from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
 from spade_t5.training.deepspeed import deepspeed_json
 from spade_t5.training.optimizers import check_zero_stage
+from spade_t5.training.scaling import Link, gpu_network, predict_nodes, predict_step
 
 GIB = 1 << 30
 RESERVE_BYTES, RESERVE_SHARE = 2 * GIB, 0.05
 """Memory that is left to the driver, the communication library and gaps between blocks: an assumption."""
+
+LINK_SHARE = 0.8
+"""Share of a link's published bandwidth that collectives are assumed to reach."""
+PCIE_BYTES_PER_SECOND = 25e9
+"""Assumed of devices without links of their own."""
+SCALING_NODES = (1, 2, 4, 8, 16, 32, 64)
 
 PRECISIONS = ("fp32", "bf16_autocast", "bf16")
 
@@ -48,6 +56,10 @@ class Machines:
     """Assumed price of a GPU for an hour."""
     disk_gbps: float
     """Assumed gigabytes a second that all nodes together write to the run folder."""
+    within: Link | None
+    """Assumed link of a GPU to the next of its node; None: a share of what its maker publishes."""
+    between: Link
+    """Assumed link of a node to the next: what all its network cards send together."""
 
     @property
     def usable_bytes(self) -> int:
@@ -80,6 +92,7 @@ def resource_lines(
     yield f"machines   {_count(machines.gpus, 'GPU')} {machines.accelerator.name} on {_count(machines.nodes, 'node')}, {_gib(machines.accelerator.memory_bytes)} each"
     yield from _parameter_lines(parameters)
     yield from _time_lines(config, model_config, rows, machines)
+    yield from _scaling_lines(config, model_config, rows, machines)
     yield from _checkpoint_lines(config, parameters, machines)
     yield ""
     traced = {precision: _activations(config, model_config, rows, precision, machines) for precision in PRECISIONS}
@@ -163,6 +176,44 @@ def _time_lines(config: TrainingConfig, model_config: SpadeT5Config, rows: Rows,
         f" (assumed: MFU {machines.mfu:.0%} of {machines.accelerator.peak_flops(config.precision) / 1e12:,.0f} TFLOP/s)"
     )
     yield f"cost       {hours * machines.gpus * machines.price:,.2f} (assumed: {machines.price:g} for a GPU and hour)"
+
+
+def _scaling_lines(
+    config: TrainingConfig, model_config: SpadeT5Config, rows: Rows, machines: Machines
+) -> Iterator[str]:
+    """What of a step is left of arithmetic where ranks exchange gradients and weights, here and on other numbers of such nodes."""
+    if config.deepspeed is None or machines.gpus == 1:
+        return
+    with torch.device("meta"):
+        model = describe(SpadeT5ForConditionalGeneration(model_config))
+    within = machines.within or _published_link(machines.accelerator)
+    node_ranks = machines.gpus // machines.nodes
+    network = gpu_network(node_ranks=node_ranks, within=within, between=machines.between)
+    micro_batches = num_micro_batches(config, machines.gpus)
+    rank_flops = micro_batches * config.micro_batch_rows * row_flops(model_config, rows)
+    arguments = (model, config, config.deepspeed, network)
+    compute_seconds = rank_flops / (machines.accelerator.peak_flops(config.precision) * machines.mfu)
+    step = predict_step(*arguments, world_size=machines.gpus, compute_seconds=compute_seconds)
+    yield (
+        f"scaling    {step.exposed_seconds:.3g} s a step more, which no arithmetic hides, of {step.communication_seconds:.3g} s of communication;"
+        f" {_gib(step.bytes_sent)} sent by each GPU; efficiency {step.efficiency:.0%}"
+    )
+    yield f"           (predicted; assumed: {_link(within)} within a node, {_link(machines.between)} between nodes)"
+    unit = config.deepspeed.hpz_partition_size
+    num_nodes = [nodes for nodes in SCALING_NODES if nodes * node_ranks % unit == 0]
+    steps = predict_nodes(*arguments, num_nodes=num_nodes, micro_batches=micro_batches, compute_seconds=compute_seconds)
+    shares = ", ".join(f"{nodes}: {one.efficiency:.0%}" for nodes, one in zip(num_nodes, steps, strict=True))
+    yield f"           with as many rows for each GPU, efficiency on such nodes: {shares}"
+
+
+def _published_link(accelerator: Accelerator) -> Link:
+    """Of a device to its neighbours in the node: a share of what its links carry one way, or of PCIe."""
+    one_way = PCIE_BYTES_PER_SECOND if accelerator.link_bandwidth is None else accelerator.link_bandwidth / 2
+    return Link(latency_seconds=1e-6, bytes_per_second=LINK_SHARE * one_way)
+
+
+def _link(link: Link) -> str:
+    return f"{link.bytes_per_second / 1e9:g} GB/s and {link.latency_seconds * 1e6:g} us"
 
 
 def _checkpoint_lines(config: TrainingConfig, parameters: Parameters, machines: Machines) -> Iterator[str]:

@@ -63,6 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="gigabytes a second that all nodes together are assumed to write to the run folder (default: 1)",
     )
+    parser.add_argument(
+        "--within",
+        metavar="GB/S:US",
+        help="link assumed from a GPU to the next of its node, GB/s:microseconds (default: 0.8 of what its maker publishes, 1 us)",
+    )
+    parser.add_argument(
+        "--between",
+        metavar="GB/S:US",
+        default="360:5",
+        help="link assumed from a node to the next, what all its network cards send (default: 360:5, eight of 400 Gbit/s)",
+    )
 
 
 def _positive_number(text: str) -> float:
@@ -134,6 +145,7 @@ def _print_resources(
 ) -> None:
     """What the run takes of the GPUs, line by line: the trace of a large model takes some seconds."""
     from spade_t5.launch.resources import Machines, Rows, resource_lines
+    from spade_t5.training.scaling import parse_link
 
     if arguments.mfu > 1:
         raise ConfigError(f"--mfu: {arguments.mfu:g} is a share of the peak; give at most 1")
@@ -144,6 +156,8 @@ def _print_resources(
         mfu=arguments.mfu,
         price=arguments.price,
         disk_gbps=arguments.disk_gbps,
+        within=None if arguments.within is None else parse_link(arguments.within),
+        between=parse_link(arguments.between),
     )
     lengths = [denoiser.lengths for denoiser in denoisers]
     rows = Rows(

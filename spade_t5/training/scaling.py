@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from spade_t5.errors import ConfigError
+from spade_t5.messages import shown
 from spade_t5.training.bandwidth import CollectiveTime, bus_factor
 from spade_t5.training.communication import Kind, ModelWeights, Traffic, step_traffic
 from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
@@ -41,6 +43,22 @@ class Link:
     """Of a message without content."""
     bytes_per_second: float
     """In one direction."""
+
+
+def parse_link(words: str) -> Link:
+    """A link from GB/s:microseconds, such as "360:1".
+
+    Raises:
+        ConfigError: they are no such numbers.
+    """
+    bandwidth, _, latency = words.partition(":")
+    try:
+        result = Link(latency_seconds=float(latency) * 1e-6, bytes_per_second=float(bandwidth) * 1e9)
+    except ValueError:
+        raise ConfigError(f"link: {shown(words)} is not GB/s:microseconds; give for example 360:5") from None
+    if not (0 < result.bytes_per_second < math.inf and 0 <= result.latency_seconds < math.inf):
+        raise ConfigError(f"link: {shown(words)} needs a positive bandwidth and a latency that is not negative")
+    return result
 
 
 Links = Mapping[Kind, Link]

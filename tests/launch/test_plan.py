@@ -231,6 +231,8 @@ def test_what_a_run_takes_of_gpus(plan: Plan) -> None:
     assert "700 of 16 rows: 1 micro-batch of 8 rows on each rank" in output
     assert "(assumed: MFU 50% of 30 TFLOP/s)" in output
     assert "(assumed: 3 for a GPU and hour)" in output
+    assert "(predicted; assumed: 20 GB/s and 1 us within a node, 360 GB/s and 5 us between nodes)" in output
+    assert re.search(r"efficiency on such nodes: 1: 100%, 2: \d\d%, 4: \d\d%, .*, 64: \d\d%", output)
     own = [line.split() for line in output.splitlines() if line.endswith("*")]
     assert [line[:2] for line in own] == [["fp32", "2"]]
     modes = [line.split()[:2] for line in output.splitlines() if re.match(r"\s*(fp32|bf16)", line)]
@@ -266,8 +268,9 @@ def test_what_a_run_takes_of_gpus(plan: Plan) -> None:
             "use more GPUs, a higher training.deepspeed.zero_stage, training.gradient_checkpointing=full",
         ),
         (("--mfu", "1.5"), "--mfu: 1.5 is a share of the peak; give at most 1"),
+        (("--between", "400"), "link: '400' is not GB/s:microseconds; give for example 360:5"),
     ],
-    ids=["gpu", "nodes", "deepspeed", "hpz", "precision", "rows", "model", "mfu"],
+    ids=["gpu", "nodes", "deepspeed", "hpz", "precision", "rows", "model", "mfu", "link"],
 )
 def test_a_run_that_could_not_start_on_the_gpus(plan: Plan, words: tuple[str, ...], message: str) -> None:
     code, _, errors = plan(*GPUS, *words)
