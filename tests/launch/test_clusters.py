@@ -1,16 +1,24 @@
 """Shipped clusters: every size of model on every one, what wins over what, and what is refused."""
 
+import functools
 import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from spade_t5 import SpadeT5Config, SpadeT5ForConditionalGeneration
+from spade_t5.devices import find_accelerator
 from spade_t5.errors import ConfigError
 from spade_t5.launch.clusters import known_clusters, load_cluster
 from spade_t5.launch.config_files import load_recipe
+from spade_t5.memory.activations import Workload, trace_activations
+from spade_t5.memory.parameters import Parameters
+from spade_t5.memory.states import largest_rank
 from spade_t5.pretrain.run import PretrainConfig
 from spade_t5.testing import documented
 from spade_t5.training import TrainingConfig
+from spade_t5.training.recomputation import Recomputation
 from spade_t5.training.settings import Kind, kind_of
 
 SIZES = ("small", "base", "large", "xl")
@@ -37,6 +45,41 @@ def test_a_size_on_a_cluster(size: str, cluster: str) -> None:
     changed = {name for name in TrainingConfig.__slots__ if getattr(found, name) != getattr(plain, name)}
     assert {name for name in changed if kind_of(f"training.{name}") is not Kind.FREE} == set()
     assert (found.deepspeed is None) == (cluster == "1-gpu")
+
+
+@functools.cache
+def parameters(size: str) -> Parameters:
+    with torch.device("meta"):
+        return Parameters.of(SpadeT5ForConditionalGeneration(SpadeT5Config.from_preset(size, vocab_size=32_128)))
+
+
+@functools.cache
+def activations(size: str, recomputation: Recomputation) -> int:
+    """Of the largest micro-batch on any cluster."""
+    runs = [training(f"c4-t5-{size}", cluster) for cluster in CLUSTERS]
+    rows = max(run.micro_batch_rows for run in runs if run.recomputation == recomputation)
+    return trace_activations(
+        SpadeT5Config.from_preset(size, vocab_size=32_128),
+        Workload(
+            rows=rows,
+            inputs_length=512,
+            targets_length=114,
+            precision="bf16_autocast",
+            recomputation=recomputation,
+            backend="triton",
+        ),
+    ).peak
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_fits_in_80_gigabytes(size: str, cluster: str) -> None:
+    found = training(f"c4-t5-{size}", cluster)
+    assert found.precision == "bf16_autocast"
+    states = largest_rank(found, parameters(size), world_size=CLUSTERS[cluster])
+    needed = states.largest(activations(size, found.recomputation))
+    # a tenth is left to CUDA, NCCL and what the allocator cannot use
+    assert needed < 0.9 * find_accelerator("h100").memory_bytes
 
 
 def test_micro_batches_follow_from_lengths_and_the_global_batch() -> None:
