@@ -21,6 +21,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, kind: str, example:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help=f"settings put over the file, such as {example}"
     )
+    add_foreign_arguments(parser)
+
+
+def add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name config files of other programs."""
     parser.add_argument(
         "--deepspeed-config",
         type=Path,
@@ -33,7 +38,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, kind: str, example:
 
 
 def foreign_settings(arguments: argparse.Namespace) -> ConfigDict:
-    """What files of other programs say, by the arguments of `add_recipe_arguments`.
+    """What files of other programs say, by the arguments of `add_foreign_arguments`.
 
     Raises:
         ConfigError: a file cannot be taken over.
@@ -108,7 +113,7 @@ def load_recipe(
     return from_mapping(cls, apply_overrides(below, words))
 
 
-def load_run(name: str, words: list[str]) -> Any:
+def load_run(name: str, words: list[str], foreign: ConfigDict | None = None) -> Any:
     """The config of a run of either kind: a FinetuneConfig where the file has a task, or the shipped recipe is one of fine-tuning, else a PretrainConfig.
 
     Raises:
@@ -123,10 +128,10 @@ def load_run(name: str, words: list[str]) -> Any:
     if kind == "finetune":
         from spade_t5.finetune.config import FinetuneConfig
 
-        return load_recipe(FinetuneConfig, name, words, kind=kind)
+        return load_recipe(FinetuneConfig, name, words, kind=kind, foreign=foreign)
     from spade_t5.pretrain.run import PretrainConfig
 
-    return load_recipe(PretrainConfig, name, words, kind=kind)
+    return load_recipe(PretrainConfig, name, words, kind=kind, foreign=foreign)
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:

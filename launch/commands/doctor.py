@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from spade_t5.errors import UserError
-from spade_t5.launch.config_files import load_run, positive_int
+from spade_t5.launch.config_files import add_foreign_arguments, foreign_settings, load_run, positive_int
 from spade_t5.launch.doctor.examine import Examination, examine
 from spade_t5.launch.doctor.network import as_json
 from spade_t5.launch.doctor.table import table
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file or shipped recipe of the coming run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings put over the file")
+    add_foreign_arguments(parser)
     parser.add_argument(
         "--min-open-files",
         type=positive_int,
@@ -36,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_config(arguments: argparse.Namespace) -> Any:
     """The run that the arguments describe, a PretrainConfig or FinetuneConfig; None without one."""
-    return None if arguments.config is None else load_run(arguments.config, arguments.overrides)
+    return (
+        None
+        if arguments.config is None
+        else load_run(arguments.config, arguments.overrides, foreign_settings(arguments))
+    )
 
 
 def run_dir_of(arguments: argparse.Namespace) -> None:

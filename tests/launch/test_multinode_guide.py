@@ -38,8 +38,9 @@ def test_the_commands_for_a_list_of_machines(
     Path("ds_config.json").write_text(json.dumps({"gradient_clipping": 0.5}))
     lines = [line for line in commands(PAGE) if line.startswith("spade-t5 launch hostfile")]
     assert len(lines) == 3
-    for line in lines:
-        words = command(PAGE, line, {"--": ["--address", "127.0.0.1", "--dry-run", "--"]})
+    changes = {"--": ["--address", "127.0.0.1", "--dry-run", "--"]}
+    doctor = command(PAGE, lines[1], changes | {"pretrain": ["doctor"]})
+    for words in (*(command(PAGE, line, changes) for line in lines), doctor):
         assert main(words) == 0
         shown = capfd.readouterr().out
         assert shown.count("# gpu-0") == 4

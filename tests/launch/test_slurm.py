@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from spade_t5.launch.cli import main
@@ -128,7 +129,10 @@ def test_a_rank_that_always_dies_ends_the_job_with_1(cluster: SlurmCluster, reci
     job = submitted(cluster, recipe, tmp_path, *words, options=("--max-restarts", "1"))
     for count in (1, 2):
         wait_for_steps(cluster, job, run_dir, 2 * count)
-        run_command(["pkill", "-KILL", "-f", f"rank.py pretrain {recipe}"])
+        for process in psutil.process_iter(["cmdline"]):
+            words_of = process.info["cmdline"] or []
+            if str(recipe) in words_of and any(Path(word).name == "rank.py" for word in words_of[:4]):
+                process.kill()
         time.sleep(3)
     assert cluster.wait_for_end(job) == ("FAILED", "1:0"), (tmp_path / "job.out").read_text()
 
