@@ -145,7 +145,9 @@ def _cluster_in(folder: Path) -> Iterator[SlurmCluster]:
         _wait(cluster, lambda: (folder / "munge.socket").exists())
         _start(cluster, "slurmctld", ["slurmctld", "-D"])
         for node in NODES:
-            named = ["unshare", "--uts", "sh", "-c", f"hostname {node} && exec slurmd -D -N {node}"]
+            # The shell is the first process of a process namespace: with it the kernel kills the node's jobs, whatever ends this process.
+            machine = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            named = [*machine, "sh", "-c", f"hostname {node} && slurmd -D -N {node}; exit $?"]
             _start(cluster, f"slurmd-{node}", named)
         _wait(
             cluster, lambda: cluster.run("sinfo", "--noheader", "--format=%t %D", check=False).split() == ["idle", "2"]
