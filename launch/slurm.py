@@ -12,15 +12,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from spade_t5.checkpoint import list_checkpoints
 from spade_t5.errors import ConfigError
 from spade_t5.launch import options
 from spade_t5.launch.accelerate_config import add_shape_option, take_over_shape
 from spade_t5.launch.environment import forwarded
 from spade_t5.launch.many import add_arguments_of_many, launch_on
 from spade_t5.launch.remote_shell import CARRIED, address_towards, is_here
+from spade_t5.launch.supervisor import newest_checkpoint
 from spade_t5.launch.terminal import say
 from spade_t5.launch.written import check_written
 from spade_t5.messages import reason_of, shown
@@ -169,13 +168,13 @@ def _run_in_job(arguments: argparse.Namespace, job: str) -> int:
     if arguments.address is None:
         arguments.address = _own_address(hosts)
     run_dir = options.supervision_of(arguments).run_dir
-    before = _newest_checkpoint(run_dir)
+    before = newest_checkpoint(run_dir)
 
     def put_back(code: int, request: signal.Signals | None) -> None:
         # At SIGTERM somebody has cancelled the job, or SLURM preempts it and puts it back itself.
         if not (arguments.requeue and code == EXIT_STOPPED and request == signal.SIGUSR1):
             return
-        if run_dir is None or _newest_checkpoint(run_dir) == before:
+        if run_dir is None or newest_checkpoint(run_dir) == before:
             say(f"job {job} is not put back, for it has made no checkpoint; give it more --time")
             return
         try:
@@ -201,11 +200,6 @@ def _own_address(hosts: Sequence[str]) -> str | None:
                     f"--address: no way to {with_name} ({error.strerror}); give the address of this node that the others reach"
                 ) from None
     return None
-
-
-def _newest_checkpoint(run_dir: Path | None) -> str | None:
-    checkpoints = [] if run_dir is None else list_checkpoints(run_dir / "checkpoints")
-    return checkpoints[-1].name if checkpoints else None
 
 
 def _call(command: Sequence[str], *, stdin: str = "") -> str:

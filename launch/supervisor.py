@@ -81,7 +81,7 @@ def _supervise(supervision: Supervision, run_dir: Path, attempt: Attempt, stop: 
     logs = _make_logs(supervision.logs)
     run_folder = _identity(run_dir)
     for number in itertools.count():
-        newest = _newest_checkpoint(run_dir)
+        newest = newest_checkpoint(run_dir)
         ending = attempt(number, logs)
         if ending.message:
             say(ending.message)
@@ -89,7 +89,7 @@ def _supervise(supervision: Supervision, run_dir: Path, attempt: Attempt, stop: 
             shutil.rmtree(logs, ignore_errors=True)
         if ending.code != EXIT_FAULT or ending.is_final or stop.is_requested:
             return ending.code
-        newest_now = _newest_checkpoint(run_dir)
+        newest_now = newest_checkpoint(run_dir)
         if _identity(run_dir) != run_folder or (newest is not None and newest_now is None):
             say(
                 f"the run folder or its checkpoints are gone: {run_dir}; see what removed them, nothing is started again"
@@ -122,6 +122,7 @@ def _identity(folder: Path) -> int | None:
         return None
 
 
-def _newest_checkpoint(run_dir: Path) -> str | None:
-    checkpoints = list_checkpoints(run_dir / "checkpoints")
+def newest_checkpoint(run_dir: Path | None) -> str | None:
+    """Name of a run folder's newest checkpoint; None if there is none, or no folder."""
+    checkpoints = [] if run_dir is None else list_checkpoints(run_dir / "checkpoints")
     return checkpoints[-1].name if checkpoints else None
