@@ -12,6 +12,7 @@ import torch
 
 import spade_t5
 from spade_t5.errors import ConfigError
+from spade_t5.launch.environment import CACHES, FORWARDED
 from spade_t5.launch.requirements import check_requirements
 from spade_t5.messages import is_secret_name, without_credentials
 from spade_t5.training.provenance import git_revision
@@ -19,11 +20,10 @@ from spade_t5.training.provenance import git_revision
 LIBRARIES = ("triton", "transformers", "deepspeed", "datasets", "safetensors", "numpy")
 """Those that compute or read, besides PyTorch."""
 
-VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SPADE_T5_BACKEND")
-PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
-"""Beginnings of the names of variables that steer networks."""
-OF_ONE_NODE = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-"""Interfaces have other names on other machines."""
+COMPARED = (*FORWARDED, "CUDA_VISIBLE_DEVICES", "FI_", "UCX_")
+"""Beginnings of the names of variables that steer a run: those that a launch takes to all machines, and of each machine's own its GPUs and network libraries."""
+OF_ONE_NODE = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TORCHELASTIC_", *CACHES)
+"""Of them those that may differ: interfaces, what torchrun tells each of its processes, and caches on a machine's own disk."""
 
 
 def versions() -> dict[str, Any]:
@@ -65,7 +65,7 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
     named = {
         name: value
         for name, value in environment.items()
-        if (name in VARIABLES or name.startswith(PREFIXES)) and name not in OF_ONE_NODE
+        if name.startswith(COMPARED) and not name.startswith(OF_ONE_NODE)
     }
     return {name: "***" if is_secret_name(name) else without_credentials(value) for name, value in named.items()}
 

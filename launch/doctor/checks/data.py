@@ -83,7 +83,7 @@ def _hash_of(name: str) -> Callable[[NodeReport], str]:
 
 
 def _value_of(name: str) -> Callable[[NodeReport], str]:
-    return lambda report: report.facts["variables"].get(name, "not set")
+    return lambda report: report.facts["variables"].get(name, "not set") or "empty"
 
 
 def _text(name: str) -> Judge:

@@ -88,6 +88,8 @@ def _requirements(reports: Sequence[NodeReport], needs: Needs) -> Iterator[Probl
 
 def _judge_gpus(reports: Sequence[NodeReport], needs: Needs) -> Iterator[Problem]:
     for report, usual in others_than_usual(reports, lambda report: _gpus(report.facts["gpus"])):
+        if _is_blind(report):  # which is said below
+            continue
         yield Problem(
             report.node,
             f"{_gpus(report.facts['gpus'])}, and {_gpus(usual.facts['gpus'])} on {usual.node}",
@@ -95,6 +97,10 @@ def _judge_gpus(reports: Sequence[NodeReport], needs: Needs) -> Iterator[Problem
         )
     for report in reports:
         found = report.facts["gpus"]
+        if _is_blind(report):
+            yield Problem(
+                report.node, f"none, but there is NVIDIA's driver {report.facts['driver']}", _to_see_gpus(report)
+            )
         if 0 < len(found) < report.num_ranks:
             yield Problem(
                 report.node, f"{len(found)} for {report.num_ranks} processes", "start one process for each GPU"
@@ -106,6 +112,21 @@ def _judge_gpus(reports: Sequence[NodeReport], needs: Needs) -> Iterator[Problem
                     f"GPU {number} has {gigabytes(gpu['free_bytes'])} of {gigabytes(gpu['total_bytes'])} free",
                     "end the processes that use it (nvidia-smi)",
                 )
+
+
+def _is_blind(report: NodeReport) -> bool:
+    """Whether a node has a driver of GPUs, and PyTorch sees none."""
+    return not report.facts["gpus"] and report.facts.get("driver") is not None
+
+
+def _to_see_gpus(report: NodeReport) -> str:
+    """What lets PyTorch see the GPUs of a node whose driver is there."""
+    if report.facts.get("cuda", "") is None:
+        return f"PyTorch {report.facts['torch']} is built without CUDA: install a build for CUDA"
+    visible = report.facts.get("variables", {}).get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it, or name GPUs that are there (nvidia-smi)"
+    return "see whether nvidia-smi shows GPUs, whether the container is given them, and whether the driver is new enough for PyTorch's CUDA"
 
 
 def _open_files(reports: Sequence[NodeReport], needs: Needs) -> Iterator[Problem]:

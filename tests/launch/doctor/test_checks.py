@@ -136,6 +136,26 @@ def test_processes_need_a_gpu_each() -> None:
     assert (finding.node, finding.value) == ("", "1 for 2 processes")
 
 
+@pytest.mark.parametrize(
+    ("changed", "remedy"),
+    [
+        ({"torch": "2.13.0+cpu", "cuda": None}, "PyTorch 2.13.0+cpu is built without CUDA"),
+        ({"variables": {"CUDA_VISIBLE_DEVICES": ""}}, "CUDA_VISIBLE_DEVICES is '': unset it"),
+        ({}, "see whether nvidia-smi shows GPUs"),
+        ({"cuda": ..., "variables": ...}, "see whether nvidia-smi shows GPUs"),
+    ],
+)
+def test_gpus_that_pytorch_does_not_see_are_found(changed: dict[str, Any], remedy: str) -> None:
+    (finding,) = findings_of({"gpus": [], **changed})
+    assert (finding.check, finding.value) == ("GPUs", "none, but there is NVIDIA's driver 580.1")
+    assert finding.remedy.startswith(remedy)
+    assert findings_of({"gpus": [], "driver": None, **changed}) == []
+    of_two = [finding for finding in findings_of({}, {"gpus": [], **changed}) if finding.check == "GPUs"]
+    assert [(finding.node, finding.remedy) for finding in of_two] == [
+        ("n1", findings_of({"gpus": [], **changed})[0].remedy)
+    ]
+
+
 def test_the_first_node_may_be_the_odd_one() -> None:
     (finding,) = findings_of({"torch": "2.12.0"}, {}, {})
     assert (finding.node, finding.value) == ("n0", "2.12.0, and 2.13.0 on n1")
