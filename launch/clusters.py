@@ -6,7 +6,6 @@ change. A file gives the most tokens that a GPU runs at once. Rows of the micro-
 the GPUs: a GPU's share of the global batch is divided evenly, and none is larger than the share.
 """
 
-import argparse
 import math
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,6 +15,7 @@ from typing import Any
 from spade_t5.config import ConfigDict, from_mapping, merge, read_yaml
 from spade_t5.errors import ConfigError
 from spade_t5.hf.loading import load_config
+from spade_t5.launch.config_files import known_clusters
 from spade_t5.messages import shown
 from spade_t5.presets import preset_names, read_preset
 from spade_t5.pretrain.objectives import Mixture, ObjectiveConfig
@@ -83,20 +83,6 @@ class ClusterConfig:
         num_micro_batches = math.ceil(share / max(1, own.micro_batch_tokens // inputs_length))
         rows = {"micro_batch_rows": math.ceil(share / num_micro_batches)}
         return {"training": merge(merge(self.training, own.training), rows)}
-
-
-def add_cluster_argument(parser: argparse.ArgumentParser) -> None:
-    """The argument that says on which machines a recipe runs."""
-    parser.add_argument(
-        "--cluster",
-        metavar="NAME",
-        help=f"put over the recipe what suits these machines and the size of the model: {', '.join(known_clusters())}, or a YAML file",
-    )
-
-
-def known_clusters() -> list[str]:
-    """Names of the shipped files."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in (files("spade_t5") / "configs" / "cluster").iterdir())
 
 
 def load_cluster(name: str) -> ClusterConfig:

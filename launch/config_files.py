@@ -15,17 +15,31 @@ from spade_t5.training.run_folder import Resume
 T = TypeVar("T")
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, *, kind: str, example: str) -> None:
-    """The arguments that describe a run: a recipe, and settings over it."""
-    parser.add_argument("config", help=f"YAML file, or the name of a shipped recipe (configs/{kind})")
+def add_recipe_arguments(
+    parser: argparse.ArgumentParser, *, kind: str, example: str, is_optional: bool = False
+) -> None:
+    """The arguments that describe a run: a recipe, and what is put over it.
+
+    Args:
+        parser: gets them.
+        kind: "pretrain", "finetune", or "*" for either; runs of pretraining may name a cluster.
+        example: a setting.
+        is_optional: whether the command may be given no run.
+    """
+    recipe = f"YAML file, or the name of a shipped recipe (configs/{kind})"
+    if is_optional:
+        parser.add_argument("config", nargs="?", help=f"{recipe}; default none")
+    else:
+        parser.add_argument("config", help=recipe)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help=f"settings put over the file, such as {example}"
     )
-    add_foreign_arguments(parser)
-
-
-def add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that name config files of other programs."""
+    if kind != "finetune":
+        parser.add_argument(
+            "--cluster",
+            metavar="NAME",
+            help=f"put over the recipe what suits these machines and the size of the model: {', '.join(known_clusters())}, or a YAML file",
+        )
     parser.add_argument(
         "--deepspeed-config",
         type=Path,
@@ -38,7 +52,7 @@ def add_foreign_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def foreign_settings(arguments: argparse.Namespace) -> ConfigDict:
-    """What files of other programs say, by the arguments of `add_foreign_arguments`.
+    """What files of other programs say, by the arguments of `add_recipe_arguments`.
 
     Raises:
         ConfigError: a file cannot be taken over.
@@ -113,11 +127,16 @@ def load_recipe(
     return from_mapping(cls, apply_overrides(below, words))
 
 
-def load_run(name: str, words: list[str], foreign: ConfigDict | None = None) -> Any:
+def known_clusters() -> list[str]:
+    """Names of the shipped files that `--cluster` takes."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in (files("spade_t5") / "configs" / "cluster").iterdir())
+
+
+def load_run(name: str, words: list[str], *, foreign: ConfigDict | None = None, cluster: str | None = None) -> Any:
     """The config of a run of either kind: a FinetuneConfig where the file has a task, or the shipped recipe is one of fine-tuning, else a PretrainConfig.
 
     Raises:
-        ConfigError: as `load_recipe`.
+        ConfigError: as `load_recipe`, or a run of fine-tuning is given a cluster.
     """
     is_shipped = not Path(name).is_file()
     is_task = (
@@ -126,12 +145,14 @@ def load_run(name: str, words: list[str], foreign: ConfigDict | None = None) -> 
     kind = "finetune" if is_task else "pretrain"
     # Either imports all that such a run does.
     if kind == "finetune":
+        if cluster is not None:
+            raise ConfigError("--cluster: clusters know pretraining, and this is a run of fine-tuning; leave it out")
         from spade_t5.finetune.config import FinetuneConfig
 
         return load_recipe(FinetuneConfig, name, words, kind=kind, foreign=foreign)
     from spade_t5.pretrain.run import PretrainConfig
 
-    return load_recipe(PretrainConfig, name, words, kind=kind, foreign=foreign)
+    return load_recipe(PretrainConfig, name, words, kind=kind, foreign=foreign, cluster=cluster)
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from spade_t5.errors import UserError
-from spade_t5.launch.config_files import add_foreign_arguments, foreign_settings, load_run, positive_int
+from spade_t5.launch.config_files import add_recipe_arguments, foreign_settings, load_run, positive_int
 from spade_t5.launch.doctor.examine import Examination, examine
 from spade_t5.launch.doctor.network import as_json
 from spade_t5.launch.doctor.table import table
@@ -23,9 +23,7 @@ EXIT_FOUND = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file or shipped recipe of the coming run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings put over the file")
-    add_foreign_arguments(parser)
+    add_recipe_arguments(parser, kind="*", example="training.loader_workers=4", is_optional=True)
     parser.add_argument(
         "--min-open-files",
         type=positive_int,
@@ -37,11 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_config(arguments: argparse.Namespace) -> Any:
     """The run that the arguments describe, a PretrainConfig or FinetuneConfig; None without one."""
-    return (
-        None
-        if arguments.config is None
-        else load_run(arguments.config, arguments.overrides, foreign_settings(arguments))
-    )
+    if arguments.config is None:
+        return None
+    foreign = foreign_settings(arguments)
+    return load_run(arguments.config, arguments.overrides, foreign=foreign, cluster=arguments.cluster)
 
 
 def run_dir_of(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ from spade_t5.devices import find_accelerator
 from spade_t5.errors import ConfigError
 from spade_t5.hf.loading import resolve_model_config
 from spade_t5.hf.tokenizer import T5_SENTINELS, VOCABULARY_MULTIPLE, load_tokenizer
-from spade_t5.launch.clusters import add_cluster_argument
 from spade_t5.launch.config_files import add_recipe_arguments, foreign_settings, load_recipe, positive_int
 from spade_t5.pretrain.corpora import HubCorpus
 from spade_t5.pretrain.data import StoreData, scaled_weights
@@ -34,7 +33,6 @@ _T5_PIECES = 32000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_recipe_arguments(parser, kind="pretrain", example="objective.inputs_length=4096")
-    add_cluster_argument(parser)
     parser.add_argument(
         "--tokenizer",
         help="tokenizer that a store will be prepared with, while there is none; needed to count the tokens of prefixes",

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from spade_t5.launch.clusters import add_cluster_argument
 from spade_t5.launch.config_files import add_run_arguments, foreign_settings, load_recipe, resume_of
 from spade_t5.pretrain.run import PretrainConfig, pretrain
 from spade_t5.training import distributed
@@ -12,7 +11,6 @@ from spade_t5.training import distributed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add_run_arguments(parser, kind="pretrain", example="training.steps=1000")
-    add_cluster_argument(parser)
 
 
 def read_config(arguments: argparse.Namespace) -> PretrainConfig:

@@ -1,4 +1,4 @@
-"""The commands of the documentation, for tests to run: what a page says is what was tried."""
+"""The commands of the documentation, for tests to run or to read: what a page says is what was tried."""
 
 import re
 import shlex
@@ -9,9 +9,18 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def commands(page: str) -> list[str]:
-    """Every line of the page's bash blocks; a comment behind it is left out."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines() if line.strip()]
+    """Every line of the page's blocks for a shell; a comment behind it is left out, and a line that goes on on the next is one."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:ba)?sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = (line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines())
+    return [re.sub(r"\s+#.*", "", line) for line in lines if line.strip()]
+
+
+def program_commands(page: Path) -> list[list[str]]:
+    """Words behind `spade-t5` of every command that stands on a line of its own, in whatever block, with a prompt or without."""
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    lines = re.findall(r"^(?:\$ | {4})?spade-t5 ([a-z]+(?: .*)?)$", text, re.MULTILINE)
+    return [shlex.split(re.sub(r"\s+#.*", "", line).partition(" > ")[0]) for line in lines]
 
 
 def command(page: str, start: str, changes: Mapping[str, Sequence[str]] | None = None) -> list[str]:

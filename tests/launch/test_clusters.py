@@ -10,8 +10,8 @@ import torch
 from spade_t5 import SpadeT5Config, SpadeT5ForConditionalGeneration
 from spade_t5.devices import find_accelerator
 from spade_t5.errors import ConfigError
-from spade_t5.launch.clusters import known_clusters, load_cluster
-from spade_t5.launch.config_files import load_recipe
+from spade_t5.launch.clusters import load_cluster
+from spade_t5.launch.config_files import known_clusters, load_recipe
 from spade_t5.memory.activations import Workload, trace_activations
 from spade_t5.memory.parameters import Parameters
 from spade_t5.memory.states import largest_rank

@@ -1,5 +1,6 @@
 """What a node says of itself."""
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from spade_t5.checkpoint import list_checkpoints
 from spade_t5.errors import ConfigError
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.launch.cli import main
-from spade_t5.launch.commands import doctor
+from spade_t5.launch.commands import doctor, pretrain
 from spade_t5.launch.config_files import load_run
 from spade_t5.launch.doctor import data, machine, software, storage
 from spade_t5.launch.doctor.report import gather
+from spade_t5.launch.environment import FORWARDED
 from spade_t5.pretrain.run import PretrainConfig
+from spade_t5.testing import documented
 from spade_t5.testing.disks import small_disk
 
 
@@ -45,13 +48,23 @@ def test_variables_that_matter_without_secrets() -> None:
             "UCX_TOKEN": "unspeakable-0123",
             "NCCL_CONF_FILE": "http://ann:unspeakable@host/x",
             "OMP_NUM_THREADS": "4",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "0,1",
+            "TORCHELASTIC_RUN_ID": "none",
+            "TRITON_CACHE_DIR": "/tmp/cache",
             "SPADE_T5_NODE": "n0",
             "SPADE_T5_BACKEND": "torch",
             "HOME": "/root",
         }
     )
-    assert found.keys() == {"NCCL_DEBUG", "UCX_TOKEN", "NCCL_CONF_FILE", "OMP_NUM_THREADS", "SPADE_T5_BACKEND"}
+    assert found.keys() == {
+        *("NCCL_DEBUG", "UCX_TOKEN", "NCCL_CONF_FILE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE"),
+        *("CUDA_VISIBLE_DEVICES", "SPADE_T5_BACKEND"),
+    }
     assert "unspeakable" not in str(found)
+    assert software.variables(dict.fromkeys((name + "X" for name in FORWARDED), "1")).keys() == {
+        name + "X" for name in FORWARDED
+    }
 
 
 def test_the_source_code_has_a_hash_that_follows_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,3 +152,32 @@ def test_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "absent"]) == 2
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", "--min-open-files", "0"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["c4-t5-base", "--cluster", "8-gpus", "training.loader_workers=3"],
+        ["c4-base", "--deepspeed-config", "ds.json"],
+        ["c4-base", "--accelerate-config", "accelerate.yaml", "--deepspeed-config", "ds.json", "--cluster", "8-nodes"],
+    ],
+)
+def test_a_run_is_described_as_it_is_to_pretrain(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text('{"gradient_clipping": 0.625}')
+    Path("accelerate.yaml").write_text("{distributed_type: MULTI_GPU, num_processes: 2}")
+    found = []
+    for command in (doctor, pretrain):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        found.append(command.read_config(parser.parse_intermixed_args(words)))
+    assert found[0] == found[1]
+    assert found[0] != load_run(words[0], [])
+
+
+def test_a_cluster_says_nothing_of_fine_tuning() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run("pydocs-topic", [], cluster="8-gpus")
+    documented(str(caught.value))
