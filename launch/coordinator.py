@@ -2,7 +2,8 @@
 
 Each machine runs `spade-t5 launch node` (`node.py`), which connects to the coordinator and starts a torchrun of its own when it is told to. The
 coordinator gives ranks to the machines that are there, passes requests to stop on, and tells the others when one has failed or is lost. A machine
-is lost when its connection breaks or is silent for too long. The next start waits for it, and goes on with fewer machines if that is allowed.
+is lost when its connection breaks or is silent for too long. The next start waits for it, and goes on with fewer machines if that is allowed; later
+ones take it in again if it is there, and do not wait for it.
 """
 
 import contextlib
@@ -32,10 +33,14 @@ from spade_t5.training.stopping import EXIT_STOPPED
 
 START_PAUSE_SECONDS = 5.0
 """Between two attempts to start the process of a machine."""
+MAX_START_PAUSE_SECONDS = 60.0
+"""Likewise, once the ranks were started without the machine."""
 MAX_FAILED_STARTS = 3
 """Attempts in a row that may fail before the first start of the ranks; later a machine may take its time, to boot for one."""
 FINISH_SECONDS = 10.0
 """How long the machines' processes have to end in the end."""
+MAX_STRANGERS = 256
+"""Connections that are waited for at once to prove themselves."""
 SHOW_SECONDS = 1.0
 """How long the last words of a machine's process are waited for; what it started may hold its output open."""
 STOP_MARGIN_SECONDS = 30.0
@@ -69,7 +74,7 @@ class Gathering:
     secret: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     """Without which no machine is let in."""
     environment: dict[str, str] = field(default_factory=dict, repr=False)
-    """Variables of all ranks."""
+    """Variables of the ranks of machines that are started from here."""
     grace_seconds: float
     """How long ranks have to save and end once they are asked to stop."""
     lost_after_seconds: float
@@ -85,6 +90,8 @@ class _Remote:
         self.machine = machine
         self.process: subprocess.Popen[bytes] | None = None
         self.started_at = -START_PAUSE_SECONDS
+        self.lost_at: float | None = None
+        self.was_left_out = False
         self.failed_starts = 0
         self.generation = 0
         self.link: Link | None = None
@@ -114,6 +121,7 @@ class Coordinator:
         self._remotes = {machine.name: _Remote(machine) for machine in gathering.machines}
         self._new_links: queue.SimpleQueue[tuple[Link, Message]] = queue.SimpleQueue()
         self._began = time.monotonic()
+        self._is_closing = False
         self._showing: list[threading.Thread] = []
         self._is_first = True
         self._code = EXIT_FAULT
@@ -140,6 +148,7 @@ class Coordinator:
         """Has all machines' processes end with the code of `finish`, and ends those that do not."""
         for remote in self._remotes.values():
             self._send(remote, {"do": "finish", "code": self._code})
+        self._is_closing = True
         self._listener.close()
         processes = [remote.process for remote in self._remotes.values() if remote.process is not None]
         deadline = time.monotonic() + FINISH_SECONDS
@@ -192,7 +201,9 @@ class Coordinator:
             if self._stop.is_requested:
                 return Ending(EXIT_STOPPED, f"stopped before training; {GO_ON}")
             missing = [remote for remote in self._remotes.values() if remote.link is None]
-            if not missing:
+            if all(remote.was_left_out for remote in missing) and (
+                not missing or len(self._remotes) - len(missing) >= self._gathering.min_machines
+            ):
                 return None
             has_given_up = all(self._is_first and r.failed_starts >= MAX_FAILED_STARTS for r in missing)
             if time.monotonic() > deadline or has_given_up:
@@ -211,6 +222,8 @@ class Coordinator:
                 f"{names}: {why}; {num_there} of {len(self._remotes)} nodes are there, --nnodes demands {self._gathering.min_machines}",
                 is_final=True,
             )
+        for remote in missing:
+            remote.was_left_out = True
         say(f"going on with {num_there} of {len(self._remotes)} nodes, without {names}")
         return None
 
@@ -230,7 +243,6 @@ class Coordinator:
                     "logs": str(logs.absolute()),
                     "seconds": time.monotonic() - self._began,
                     "place": list(place),
-                    "environment": self._gathering.environment,
                 },
             )
 
@@ -255,6 +267,7 @@ class Coordinator:
             _refuse(remote.link, "another process takes its place")
             self._lose(remote, "it began again")
         remote.link, remote.port, remote.failed_starts = link, int(hello["port"]), 0
+        remote.lost_at, remote.was_left_out = None, False
 
     def _hear(self, remote: _Remote) -> None:
         if remote.link is None:
@@ -280,7 +293,7 @@ class Coordinator:
     def _lose(self, remote: _Remote, how: str) -> None:
         assert remote.link is not None
         remote.link.close()
-        remote.link = None
+        remote.link, remote.lost_at = None, time.monotonic()
         if remote.is_taking_part and remote.end is None and not remote.is_lost:
             remote.is_lost = True
             say(f"lost {remote.name}: {how}")
@@ -298,6 +311,10 @@ class Coordinator:
             return
         now = time.monotonic()
         if remote.process is not None:
+            if remote.lost_at is not None and now - remote.lost_at > self._gathering.lost_after_seconds:
+                remote.lost_at = None  # a remote shell may not notice that what it started, or its machine, is gone
+                remote.process.kill()
+                remote.process.wait()
             code = remote.process.poll()
             if code is None:
                 return
@@ -305,7 +322,8 @@ class Coordinator:
             remote.failed_starts += 1
             if code and remote.failed_starts & (remote.failed_starts - 1) == 0:  # the first, second, fourth, ... time
                 say(f"{remote.name}: the command that starts a node there ended with code {code}")
-        if now - remote.started_at < START_PAUSE_SECONDS:
+        pause = MAX_START_PAUSE_SECONDS if remote.was_left_out else START_PAUSE_SECONDS
+        if now - remote.started_at < pause:
             return
         if self._is_first and remote.failed_starts >= MAX_FAILED_STARTS:
             return
@@ -320,7 +338,8 @@ class Coordinator:
         remote.process = process
         remote.generation += 1
         # By its standard input, which no other user can see, and which ends with this process.
-        introduction = json.dumps({"secret": self._gathering.secret, "generation": remote.generation}) + "\n"
+        known = {"secret": self._gathering.secret, "environment": self._gathering.environment}
+        introduction = json.dumps({**known, "generation": remote.generation}) + "\n"
         with contextlib.suppress(OSError):
             process.stdin.write(introduction.encode())  # type: ignore[union-attr]
             process.stdin.flush()  # type: ignore[union-attr]
@@ -351,16 +370,22 @@ class Coordinator:
                 self._send(remote, {"do": "end"})
 
     def _accept(self) -> None:
-        while True:
+        strangers = threading.BoundedSemaphore(MAX_STRANGERS)
+        while not self._is_closing:
+            strangers.acquire()
             try:
                 connected, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._introduce, args=(connected,), daemon=True).start()
+            except OSError:  # of a connection that is gone again, or for want of descriptors
+                strangers.release()
+                time.sleep(POLL_SECONDS)
+                continue
+            threading.Thread(target=self._introduce, args=(connected, strangers), daemon=True).start()
 
-    def _introduce(self, connected: socket.socket) -> None:
+    def _introduce(self, connected: socket.socket, strangers: threading.BoundedSemaphore) -> None:
         """Takes a new connection's proof and name, in a thread of its own: a stranger may not say anything at all."""
-        with contextlib.suppress(LinkLostError, OSError):
+        with contextlib.ExitStack() as stack:
+            stack.callback(strangers.release)
+            stack.enter_context(contextlib.suppress(LinkLostError, OSError))
             link = Link(connected, self._gathering.secret.encode(), is_coordinator=True)
             deadline = time.monotonic() + self._gathering.lost_after_seconds
             while not (messages := link.receive()):

@@ -13,7 +13,23 @@ from spade_t5.errors import ConfigError
 from spade_t5.messages import is_secret_name, shown
 
 FORWARDED = (
-    *("NCCL_", "GLOO_", "TORCH", "TRITON_", "HF_", "OMP_", "MKL_", "OPENBLAS_", "CUBLAS_", "TOKENIZERS_", "WANDB_"),
+    *(
+        "NCCL_",
+        "GLOO_",
+        "UCX_",
+        "FI_",
+        "TORCH",
+        "PYTORCH_",
+        "TRITON_",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "HF_",
+        "OMP_",
+        "MKL_",
+        "OPENBLAS_",
+        "CUBLAS_",
+        "TOKENIZERS_",
+        "WANDB_",
+    ),
     "SPADE_T5_BACKEND",
 )
 """Beginnings of the names of variables that go to all machines by themselves, but for secrets, which only go if they are named."""

@@ -8,6 +8,7 @@ import socket
 import struct
 import time
 from contextlib import suppress
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
@@ -17,12 +18,18 @@ BEAT_SECONDS = 1.0
 """Between two signs of life."""
 INTRODUCTION_SECONDS = 10.0
 """How long a new connection has to prove itself."""
+PAUSE_SECONDS = 3.0
+"""A process that has not looked at its connections for so long was suspended, or did something else; the other end is not silent for that."""
 MAX_MESSAGE_BYTES = 2**24
 """Longest message that is read."""
 
 
 class LinkLostError(Exception):
-    """The other end is gone."""
+    """The other end is gone; the text says how that is known."""
+
+
+class LinkRefusedError(LinkLostError):
+    """The other end has another secret."""
 
 
 class Link:
@@ -32,7 +39,8 @@ class Link:
         """Proves to the other end that this one knows the secret, and has it do likewise.
 
         Raises:
-            LinkLostError: the other end does not know it, or does not answer.
+            LinkRefusedError: the other end says that the secret is another.
+            LinkLostError: it does not answer, or has nothing to do with launches.
         """
         self.local_address: str = connected.getsockname()[0]
         self.peer_address: str = connected.getpeername()[0]
@@ -44,10 +52,13 @@ class Link:
         try:
             for proof in proofs if is_coordinator else reversed(proofs):
                 proof(self._connection, secret)
+        except AuthenticationError:
+            self.close()
+            raise LinkRefusedError("what answers there has another secret than this launch") from None
         except Exception as error:  # whatever a stranger sends
             self.close()
             raise LinkLostError(f"{type(error).__name__}: {error}") from None
-        self.heard_at = time.monotonic()
+        self._heard_at = self._looked_at = time.monotonic()
         self._beat_at = 0.0
 
     def send(self, message: Message) -> None:
@@ -75,10 +86,14 @@ class Link:
             LinkLostError: the other end is gone.
         """
         messages = []
+        now = time.monotonic()
+        if now - self._looked_at > PAUSE_SECONDS:
+            self._heard_at += now - self._looked_at
+        self._looked_at = now
         try:
             while self._connection.poll():
                 message = json.loads(self._connection.recv_bytes(MAX_MESSAGE_BYTES))
-                self.heard_at = time.monotonic()
+                self._heard_at = time.monotonic()
                 if message["do"] != "beat":
                     messages.append(message)
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
@@ -88,8 +103,8 @@ class Link:
 
     @property
     def silence_seconds(self) -> float:
-        """How long nothing has come."""
-        return time.monotonic() - self.heard_at
+        """How long nothing has come while this process looked."""
+        return time.monotonic() - self._heard_at
 
     def close(self) -> None:
         """Closes the connection."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from spade_t5.errors import ConfigError
 from spade_t5.launch import options
 from spade_t5.launch.coordinator import Coordinator, Gathering, Machine
-from spade_t5.launch.environment import forwarded
+from spade_t5.launch.environment import CACHES, forwarded
 from spade_t5.launch.group import LOOPBACK, Place, Ranks, Start, describe
-from spade_t5.launch.local import threads_per_rank
+from spade_t5.launch.rank import NODE_VARIABLE
 from spade_t5.launch.remote_shell import HOST, address_towards, is_here, remote_words, same_place_words
 from spade_t5.launch.stop_requests import LauncherStop
 from spade_t5.launch.supervisor import Supervision, supervise
@@ -46,7 +46,7 @@ def launch_on(
     Raises:
         ConfigError: an option, the command or its config is wrong, or hosts cannot be reached.
     """
-    options.check_least(arguments, grace=1, lost_after=1, wait_for_nodes=1)
+    options.check_least(arguments, grace=1, lost_after=options.LEAST_LOST_AFTER, wait_for_nodes=1)
     supervision = options.supervision_of(arguments)
     least, most = arguments.nnodes or (len(hosts), len(hosts))
     if most > len(hosts):
@@ -120,10 +120,7 @@ def _describe(gathering: Gathering, supervision: Supervision, words: Sequence[st
         ranks = Ranks(
             command=words,
             num_ranks=machine.num_ranks,
-            environment={
-                "OMP_NUM_THREADS": threads_per_rank(machine.num_ranks),
-                **environment,
-            },
+            environment=environment,
             grace_seconds=gathering.grace_seconds,
         )
         start = Start(Path(supervision.logs), 0, time.monotonic(), place)
@@ -133,4 +130,6 @@ def _describe(gathering: Gathering, supervision: Supervision, words: Sequence[st
             f"# {machine.name}: ranks {first_rank} to {first_rank + machine.num_ranks - 1}\n{command}\n# starts there\n{describe(ranks, start)}"
         )
         first_rank += machine.num_ranks
+    added = f"{NODE_VARIABLE}, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME by its network, OMP_NUM_THREADS by its cores"
+    parts.append(f"# each node adds, unless set: {added}; {', '.join(CACHES)} in its temporary folder")
     return "\n\n".join(parts)

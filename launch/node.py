@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -29,7 +30,7 @@ from spade_t5.launch.local import threads_per_rank
 from spade_t5.launch.rank import NODE_VARIABLE
 from spade_t5.launch.stop_requests import LauncherStop
 from spade_t5.launch.terminal import say
-from spade_t5.messages import shown
+from spade_t5.messages import reason_of, shown
 from spade_t5.training.outcome import Outcome
 from spade_t5.training.shared_folder import PATIENCE_SECONDS
 from spade_t5.training.stopping import EXIT_STOPPED
@@ -62,11 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the ranks of this machine, as often as the coordinator says, and returns the exit code of the launch."""
-    options.check_least(arguments, nproc_per_node=1, grace=1, lost_after=1, wait_for_nodes=1)
+    options.check_least(arguments, nproc_per_node=1, grace=1, lost_after=options.LEAST_LOST_AFTER, wait_for_nodes=1)
     has_input = arguments.secret_from == "stdin"
-    introduction = (
-        _introduction_of_input() if has_input else {"secret": os.environ.get(SECRET_VARIABLE), "generation": 0}
-    )
+    introduction = _introduction_of_input() if has_input else _introduction_of_environment()
     if not introduction["secret"]:
         raise ConfigError(f"{SECRET_VARIABLE}: not set; give it the secret that the coordinator of this launch has")
     remove_left_folders()
@@ -98,6 +97,7 @@ class _Node:
         self._lost_at = time.monotonic()
         self._tried_at = -CONNECT_PAUSE_SECONDS
         self._requests_told = 0
+        self._why_alone = "it was not tried yet"
 
     def __enter__(self) -> "_Node":
         return self
@@ -115,7 +115,8 @@ class _Node:
                 return EXIT_FAULT
             try:
                 code = self._turn()
-            except LinkLostError:
+            except LinkLostError as error:
+                self._why_alone = reason_of(error)
                 self._lose()
                 code = None
             if code is not None:
@@ -150,7 +151,7 @@ class _Node:
             return EXIT_STOPPED
         if now - self._lost_at > self._arguments.wait_for_nodes:
             say(
-                f"{self._arguments.name}: no coordinator at {self._arguments.coordinator} within --wait-for-nodes {self._arguments.wait_for_nodes:g} s"
+                f"{self._arguments.name}: no coordinator at {self._arguments.coordinator} within --wait-for-nodes {self._arguments.wait_for_nodes:g} s ({self._why_alone})"
             )
             return EXIT_FAULT
         if now - self._tried_at < CONNECT_PAUSE_SECONDS:
@@ -159,7 +160,8 @@ class _Node:
         host, _, port = self._arguments.coordinator.rpartition(":")
         try:
             connected = socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS)
-        except OSError:
+        except OSError as error:
+            self._why_alone = reason_of(error)
             return None
         link = Link(connected, self._introduction["secret"].encode(), is_coordinator=False)
         link.send(
@@ -196,7 +198,7 @@ class _Node:
 
     def _start(self, message: Message) -> None:
         assert self._link is not None
-        forwarded = message["environment"]
+        forwarded = self._introduction["environment"]
         num_ranks = self._arguments.nproc_per_node
         ranks = Ranks(
             command=self._arguments.words,
@@ -215,17 +217,38 @@ class _Node:
             began = time.monotonic() - float(message["seconds"])
             self._group = Group(ranks, Start(logs, int(message["attempt"]), began, place), self._stop).__enter__()
         except OSError as error:
-            reason = f"{self._arguments.name}: {error.filename or logs} cannot be written ({error.strerror})"
-            remedy = "give a run_dir, or a --log-dir, that all nodes share and may write"
-            self._report(_refused(place.first_rank, f"{reason}; {remedy}", num_ranks))
+            self._report(self._not_started(error, logs, int(message["attempt"]), place.first_rank))
+
+    def _not_started(self, error: OSError, logs: Path, attempt: int, first_rank: int) -> GroupEnd:
+        """The end of ranks that were never started."""
+        name, reason = self._arguments.name, reason_of(error)
+        if attempt == 0 and not os.access(logs, os.W_OK):  # which starting again does not mend
+            code = EXIT_USER_ERROR
+            text = f"{name}: {logs} cannot be written ({reason}); give a run_dir, or a --log-dir, that all nodes share and may write"
+        else:
+            code = EXIT_FAULT
+            text = (
+                f"{name}: the ranks cannot be started ({reason}); make room in {tempfile.gettempdir()} and {logs} there"
+            )
+        outcome = Outcome(rank=first_rank, code=code, message=text, seconds=time.time())
+        num_ranks = self._arguments.nproc_per_node
+        return GroupEnd(num_ranks=num_ranks, outcomes=[outcome], agent_code=code, reported_codes={}, agent_log="")
 
     def _prepare(self, logs: Path) -> None:
         """Sees to it that the folder of the ranks' output is there, if it can be."""
         if self._arguments.words[0] in options.RUNS:
-            _wait_for(logs)
+            self._wait_for(logs)
         elif not logs.exists():  # whether machines share a folder is what such a command is to find out
             logs.mkdir(parents=True)
             self._own_logs = logs
+
+    def _wait_for(self, folder: Path) -> None:
+        """Waits until this machine sees a folder that another has just made."""
+        assert self._link is not None
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not folder.is_dir() and time.monotonic() < deadline:
+            self._link.beat()
+            time.sleep(POLL_SECONDS)
 
     def _report(self, end: GroupEnd) -> None:
         assert self._link is not None
@@ -239,28 +262,19 @@ class _Node:
             self._group = None
 
 
-def _wait_for(folder: Path) -> None:
-    """Waits until this machine sees a folder that another has just made."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not folder.is_dir() and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-
-
-def _refused(first_rank: int, message: str, num_ranks: int) -> GroupEnd:
-    """The end of ranks that were never started, because something is wrong that starting again does not mend."""
-    outcome = Outcome(rank=first_rank, code=EXIT_USER_ERROR, message=message, seconds=time.time())
-    return GroupEnd(
-        num_ranks=num_ranks, outcomes=[outcome], agent_code=EXIT_USER_ERROR, reported_codes={}, agent_log=""
-    )
-
-
 def _introduction_of_input() -> dict[str, Any]:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         introduction = json.loads(sys.stdin.readline())
-        return {"secret": str(introduction["secret"]), "generation": int(introduction["generation"])}
+        environment = {str(name): str(value) for name, value in introduction["environment"].items()}
+        generation = int(introduction["generation"])
+        return {"secret": str(introduction["secret"]), "environment": environment, "generation": generation}
     raise ConfigError(
         "standard input: no line with the secret of a launch came; this command is started by spade-t5 launch"
     )
+
+
+def _introduction_of_environment() -> dict[str, Any]:
+    return {"secret": os.environ.get(SECRET_VARIABLE), "environment": {}, "generation": 0}
 
 
 def _has_ended(descriptor: int) -> bool:

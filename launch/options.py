@@ -16,6 +16,10 @@ COMMANDS = (*RUNS, "doctor")
 """Commands that run on several processes."""
 
 
+LEAST_LOST_AFTER = 5
+"""Of `--lost-after`, in seconds: some signs of life."""
+
+
 def add_command(parser: argparse.ArgumentParser) -> None:
     """The command that is launched; to be added last."""
     parser.usage = f"{parser.prog} [options] -- pretrain CONFIG [key=value ...]"

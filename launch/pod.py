@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the ranks of this pod, and those of all if it is the first, and returns the exit code of the launch."""
-    options.check_least(arguments, nproc_per_node=1, grace=1, lost_after=1, wait_for_nodes=1)
+    options.check_least(arguments, nproc_per_node=1, grace=1, lost_after=options.LEAST_LOST_AFTER, wait_for_nodes=1)
     pods, index = arguments.pods.split(","), os.environ.get(arguments.index_from, "")
     if not (index.isdigit() and int(index) < len(pods)):
         raise ConfigError(

@@ -6,7 +6,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-DEFAULT_SHELL = "ssh -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+DEFAULT_SHELL = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 HOST = "{host}"
 CARRIED = ("PYTHONPATH", "LD_LIBRARY_PATH")
 """Variables without which Python may not find there what it found here; they are part of the command, all others travel by its standard input."""
