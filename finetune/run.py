@@ -10,6 +10,7 @@ from pathlib import Path
 
 from spade_t5.anatomy import part_of
 from spade_t5.config import to_mapping
+from spade_t5.errors import ConfigError
 from spade_t5.finetune.config import FinetuneConfig
 from spade_t5.finetune.evaluate import evaluate_model
 from spade_t5.finetune.model import initial_model, initial_tokenizer
@@ -79,7 +80,7 @@ def _finetune_in(folder: RunFolder, config: FinetuneConfig) -> None:
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "data_fingerprint": {"train": train.compute_fingerprint(), "held_out": held_out.compute_fingerprint()},
     }
-    folder.check_settings(resolved, FinetuneConfig)
+    folder.check_settings(resolved, FinetuneConfig, num_steps=training.steps)
     exported = folder.path / "model"
     if folder.is_finished(training.steps) and exported.is_dir():
         logger.info(
@@ -133,8 +134,15 @@ def make_rows(examples: EncodedExamples, config: RowsConfig, task: Task, seed: i
 
 
 def bounded_by_epochs(training: TrainingConfig, epochs: float | None, rows_per_epoch: int) -> TrainingConfig:
-    """The engine's settings with no more steps than the epochs take."""
+    """The engine's settings with no more steps than the epochs take.
+
+    Raises:
+        ConfigError: the schedule does not fit into so few.
+    """
     if epochs is None:
         return training
     steps = max(1, training.step_rows.num_steps(epochs * rows_per_epoch))
-    return dataclasses.replace(training, steps=min(training.steps, steps))
+    try:
+        return dataclasses.replace(training, steps=min(training.steps, steps))
+    except ValueError as error:
+        raise ConfigError(f"epochs: {epochs} are {steps} steps: training.{error}") from None

@@ -72,11 +72,16 @@ class ClusterConfig:
             global_batch_rows: rows of a step.
 
         Raises:
-            ConfigError: nothing is said of this size.
+            ConfigError: nothing is said of this size, or there are more GPUs than rows.
         """
         if preset not in self.presets:
             raise ConfigError(
                 f"presets: nothing about {shown(preset)}, the size of this model; known: {', '.join(self.presets)}"
+            )
+        if global_batch_rows < self.num_gpus:
+            raise ConfigError(
+                f"training.global_batch_rows: {global_batch_rows} are fewer than the {self.num_gpus} GPUs, of which "
+                f"{self.num_gpus - global_batch_rows} would compute padding in every step; choose a smaller cluster, or raise it"
             )
         own = from_mapping(PresetConfig, self.presets[preset], f"presets.{preset}")
         share = math.ceil(global_batch_rows / self.num_gpus)
@@ -112,7 +117,7 @@ def settings_on(name: str, config: PretrainConfig) -> ConfigDict:
         config: the run, as it would be without it.
 
     Raises:
-        ConfigError: there is no such cluster, or it does not know the model.
+        ConfigError: there is no such cluster, it does not know the model, or it has more GPUs than a step has rows.
     """
     cluster = load_cluster(name)
     preset = config.model.get("preset") or _preset_of(str(config.model.get("init_from")))

@@ -78,7 +78,7 @@ def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "data_fingerprint": data.fingerprint,
     }
-    folder.check_settings(resolved, PretrainConfig)
+    folder.check_settings(resolved, PretrainConfig, num_steps=config.training.steps)
     if folder.is_finished(config.training.steps):
         logger.info("nothing to do: %s is the last checkpoint of this run", folder.resume_from)
         return

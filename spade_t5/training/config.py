@@ -7,7 +7,7 @@ from spade_t5.training.batch_warmup import BatchWarmupConfig, StepRows
 from spade_t5.training.optimizers import AdamWConfig, OptimizerConfig, check_zero_stage
 from spade_t5.training.profiling import ProfileConfig
 from spade_t5.training.recomputation import Recomputation
-from spade_t5.training.schedules import ConstantSchedule, Schedule
+from spade_t5.training.schedules import ConstantSchedule, Schedule, WSDSchedule
 from spade_t5.training.spikes import SpikesConfig
 from spade_t5.training.wandb_run import WandbConfig
 from spade_t5.training.watchdog import TimeoutsConfig
@@ -169,6 +169,19 @@ class TrainingConfig:
             )
         if self.deepspeed is not None:
             check_zero_stage(self.optimizer, self.deepspeed.zero_stage)
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        """Refuses a decay that begins before the warm-up ends: the rate would never reach its peak."""
+        if not isinstance(self.schedule, WSDSchedule):
+            return
+        length, warmup = self.schedule.decay_length(self.steps), self.schedule.warmup_steps
+        if length and self.steps - length < warmup:
+            field = "decay_share" if self.schedule.decay_steps is None else "decay_steps"
+            raise ValueError(
+                f"schedule.{field}: {getattr(self.schedule, field)} is a decay of {length} steps, which does not fit behind warmup_steps={warmup} "
+                f"into steps={self.steps}; shorten the decay or the warm-up, or set steps to at least {warmup + length}"
+            )
 
     @property
     def step_rows(self) -> StepRows:

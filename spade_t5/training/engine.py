@@ -195,6 +195,7 @@ class Trainer:
             logger.info("nothing to do: the run finished at step %d", self._step)
             return
         self._check_free_space()
+        self._warn_of_idle_ranks()
         self._clock.lap()
         with contextlib.ExitStack() as stack:
             stack.enter_context(distributed.collectives_in(self._clock.waiting))
@@ -220,6 +221,16 @@ class Trainer:
                 self._run_until_rollback()
         if distributed.is_main():
             draw_plots(self.run_dir)
+
+    def _warn_of_idle_ranks(self) -> None:
+        """No error: a run may go on for a while on more ranks than it needs."""
+        rows, ranks = self.config.global_batch_rows, distributed.world_size()
+        if rows < ranks and distributed.is_main():
+            logger.warning(
+                "training.global_batch_rows: %d rows for %d ranks: %d of them compute nothing but padding in every step; start fewer "
+                "ranks, or raise it",
+                rows, ranks, ranks - rows,
+            )  # fmt: skip
 
     def _further_curves(self) -> list[Curves]:
         if self.config.wandb is None:

@@ -32,7 +32,7 @@ from spade_t5.training.agreement import on_main, write_on_every_rank, write_on_m
 from spade_t5.training.lease import Lease
 from spade_t5.training.provenance import check_provenance, provenance
 from spade_t5.training.rank_log import RankLog
-from spade_t5.training.settings import check_can_be_allowed, check_changes, leaves, with_defaults
+from spade_t5.training.settings import check_can_be_allowed, check_changes, check_decay, leaves, with_defaults
 from spade_t5.training.shared_folder import check_shared, make_folder, remove_empty
 
 logger = logging.getLogger("spade_t5")
@@ -101,18 +101,20 @@ class RunFolder:
         self._lease = lease
         self._log = log
 
-    def check_settings(self, resolved: ConfigDict, config_class: type) -> None:
+    def check_settings(self, resolved: ConfigDict, config_class: type, *, num_steps: int) -> None:
         """Holds the run's settings against those of the other ranks and of the checkpoint it resumes from (a collective call).
 
         Args:
             resolved: the settings, and what stands for tokenizer and data.
             config_class: dataclass of the settings; its defaults stand for those that an older checkpoint does not know.
+            num_steps: length of the run, which epochs may make shorter than `training.steps`.
 
         Raises:
-            ConfigError: ranks were given different settings, or one changed that may not; on every rank.
+            ConfigError: ranks were given different settings, or one changed that may not, or so that it does not go with the
+                checkpoint's step; on every rank.
         """
         _check_equal("", resolved)
-        on_main(lambda: self._check_changes(resolved, config_class))
+        on_main(lambda: self._check_changes(resolved, config_class, num_steps))
 
     def is_finished(self, num_steps: int) -> bool:
         """Whether the checkpoint to resume from is the last one of a run of `num_steps` steps."""
@@ -144,7 +146,7 @@ class RunFolder:
         """
         return self._lease.check()
 
-    def _check_changes(self, resolved: ConfigDict, config_class: type) -> None:
+    def _check_changes(self, resolved: ConfigDict, config_class: type, num_steps: int) -> None:
         if not self._state:
             for name in self._resume.allow_changes:
                 check_can_be_allowed(name, set(leaves(resolved)))
@@ -153,7 +155,9 @@ class RunFolder:
                 raise ConfigError(
                     f"--resume: {self.resume_from} does not say with which settings it was made; give a checkpoint of spade-t5 pretrain or finetune"
                 )
-            check_changes(with_defaults(self._state["config"], config_class), resolved, self._resume.allow_changes)
+            old = with_defaults(self._state["config"], config_class)
+            check_changes(old, resolved, self._resume.allow_changes)
+            check_decay(old, resolved, step=self._state["step"], num_steps=num_steps)
             check_provenance(self._state["provenance"], provenance(), is_strict=self._resume.strict_env)
 
     def _write(self, resolved: ConfigDict) -> None:

@@ -113,9 +113,13 @@ class WSDSchedule:
                 f"decay_share: {self.decay_share} must be above 0 and at most 1, or null for no decay; decay_steps counts steps"
             )
 
+    def decay_length(self, num_steps: int) -> int:
+        """Length of the decay at the end of `num_steps`, in steps; 0: none."""
+        return self.decay_steps or round((self.decay_share or 0.0) * num_steps)
+
     def factor(self, step: int, num_steps: int) -> float:
         """Factor of the peak learning rate at `step` of `num_steps`."""
-        length = self.decay_steps or round((self.decay_share or 0.0) * num_steps)
+        length = self.decay_length(num_steps)
         begin = num_steps - length
         if length == 0 or step <= begin:
             return _warmup(step, self.warmup_steps)

@@ -14,6 +14,7 @@ from typing import Any
 from spade_t5.config import ConfigDict, from_mapping, to_mapping
 from spade_t5.errors import ConfigError
 from spade_t5.messages import shown
+from spade_t5.training.schedules import WSDSchedule
 
 logger = logging.getLogger("spade_t5")
 
@@ -157,6 +158,42 @@ def check_changes(old: ConfigDict, new: ConfigDict, allowed: Sequence[str] = ())
         )
     for change in permitted:
         logger.info("%s", change)
+
+
+def check_decay(old: ConfigDict, new: ConfigDict, *, step: int, num_steps: int) -> None:
+    """Refuses a decay that a change of schedule or length puts into the past: the rate would drop at once to where it never came from.
+
+    A run that goes on in the middle of its own decay changes neither.
+
+    Args:
+        old: resolved config of the checkpoint.
+        new: that of the run.
+        step: of the checkpoint.
+        num_steps: length of the run.
+
+    Raises:
+        ConfigError: with the steps and the remedy.
+    """
+    before, after = leaves(old), leaves(new)
+    names = ("training.schedule", *LENGTHS)
+    keys = [key for key in before.keys() | after.keys() if any(_is_below(key, name) for name in names)]
+    if all(before.get(key) == after.get(key) for key in keys):
+        return
+    values = dict(new["training"]["schedule"])
+    if values.pop("name") != WSDSchedule.name:
+        return
+    schedule = WSDSchedule(**values)
+    length = schedule.decay_length(num_steps)
+    begin = num_steps - length
+    if length == 0 or begin >= step:
+        return
+    field = "decay_share" if schedule.decay_steps is None else "decay_steps"
+    longer = "" if schedule.decay_steps is None else f" to at least {step + length}"
+    raise ConfigError(
+        f"training.schedule.{field}: {getattr(schedule, field)} of training.steps={num_steps} would have begun behind step {begin}, and the "
+        f"checkpoint is of step {step}, so the rate would drop at once; raise training.steps{longer}, shorten the decay to the steps that are "
+        f"left ({max(0, num_steps - step)}), or resume from a checkpoint of step {begin} or before"
+    )
 
 
 def check_can_be_allowed(name: str, keys: Sequence[str] | set[str]) -> None:

@@ -1,5 +1,6 @@
 """A whole fine-tuning run of a very small model, in both modes."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,8 +18,9 @@ from spade_t5.finetune.config import FinetuneConfig, evaluate_config
 from spade_t5.finetune.evaluate import evaluate_model
 from spade_t5.finetune.rows import EncodedExamples, ExampleRows
 from spade_t5.finetune.run import bounded_by_epochs, finetune
-from spade_t5.testing import torchrun
+from spade_t5.testing import documented, torchrun
 from spade_t5.training import ClassificationObjective, Seq2SeqObjective, TrainingConfig
+from spade_t5.training.schedules import WSDSchedule
 
 TINY = {
     "d_model": 32,
@@ -200,6 +202,13 @@ def test_epochs_bound_the_steps() -> None:
     assert bounded_by_epochs(training, 2, 50).steps == 13  # 100 rows in batches of 8
     assert bounded_by_epochs(training, 0.01, 50).steps == 1
     assert bounded_by_epochs(training, 50, 50).steps == 100
+    decaying = dataclasses.replace(training, schedule=WSDSchedule(warmup_steps=8, decay_steps=6))
+    assert bounded_by_epochs(decaying, 3, 50).steps == 19
+    with pytest.raises(
+        ConfigError, match=r"epochs: 2 are 13 steps: training\.schedule\.decay_steps: 6 is a decay of"
+    ) as caught:
+        bounded_by_epochs(decaying, 2, 50)
+    documented(str(caught.value))
 
 
 @pytest.mark.parametrize("num_outputs", [None, 3, 1])

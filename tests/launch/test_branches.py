@@ -62,6 +62,14 @@ def test_a_branch_is_asked_for(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_branch_whose_decay_would_be_in_the_past_is_refused(
+    trunk: Path, tmp_path: Path, pretrain_words: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(branch(pretrain_words, trunk, tmp_path / "run", 6, 8, 6)) == 2
+    assert "would have begun behind step 2, and the checkpoint is of step 6" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_trunk_grows_without_a_word(trunk: Path, pretrain_words: Words) -> None:
     words = pretrain_words(trunk, f"training.schedule={WSD}", "training.ema_decay=0.9", "training.save_every_steps=2")
     assert main([*words, "training.steps=10"]) == 0

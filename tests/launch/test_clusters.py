@@ -94,7 +94,7 @@ def test_micro_batches_follow_from_lengths_and_the_global_batch() -> None:
     assert rows(4096, 8192) == tokens // 4096
     assert rows(2 * tokens, 8192) == 1  # one row at least
     assert rows(512, 8 * (tokens // 512 + 8)) == (tokens // 512 + 8) // 2  # two equal parts, not a full one and a rest
-    assert rows(512, 5) == 1
+    assert rows(512, 8) == 1
 
 
 def test_the_command_line_wins_over_the_cluster_and_says_which_model_it_is() -> None:
@@ -119,6 +119,11 @@ def test_a_file_of_one_s_own(tmp_path: Path) -> None:
     ("recipe", "cluster", "message"),
     [
         ("c4-base", "9-gpus", "--cluster: '9-gpus' is no file, and no shipped cluster has this name; clusters: 1-gpu"),
+        (
+            "c4-base",
+            "64-nodes",
+            "--cluster 64-nodes: training.global_batch_rows: 128 are fewer than the 512 GPUs, of which 384 would compute padding",
+        ),
         ("demo", "1-gpu", "--cluster 1-gpu: presets: nothing about 'tiny', the size of this model; known: small"),
     ],
 )

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from spade_t5.checkpoint import list_checkpoints, read_state, read_weights
 from spade_t5.checkpoint.request import request_checkpoint
 from spade_t5.errors import StopRequestedError
+from spade_t5.testing import documented
+from spade_t5.training import distributed
+from spade_t5.training.batch_warmup import BatchWarmupConfig
 from spade_t5.training.data import Batch, NumberedRows
 from spade_t5.training.engine import Trainer
 from spade_t5.training.objectives import Seq2SeqObjective
@@ -314,3 +317,18 @@ def test_only_what_trains_changes(make_trainer: MakeTrainer, tmp_path: Path) -> 
     changed = {name for name, p in trainer.backend.module.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name, p in trainer.backend.module.named_parameters() if p.requires_grad}
     assert any("global_mixer" in name for name in before.keys() - changed)
+
+
+def test_ranks_without_rows_are_told_of(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for warmup in (None, BatchWarmupConfig(initial_rows=1, steps=2)):
+        trainer = make_trainer(tmp_path / "run", batch_warmup=warmup)
+        for num_ranks in (6, 8):
+            with monkeypatch.context() as patch:
+                patch.setattr(distributed, "world_size", lambda num_ranks=num_ranks: num_ranks)
+                trainer._warn_of_idle_ranks()
+        (message,) = (text for text in caplog.messages if "global_batch_rows" in text)
+        assert "6 rows for 8 ranks: 2 of them compute nothing but padding in every step" in message
+        documented(message)
+        caplog.clear()

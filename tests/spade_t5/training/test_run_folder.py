@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def begin(run_dir: Path, config: dict[str, Any] = CONFIG, resume: Resume = Resume()) -> None:  # noqa: B008
     with open_run_folder(run_dir, resume) as folder:
-        folder.check_settings(config, PretrainConfig)
+        folder.check_settings(config, PretrainConfig, num_steps=10)
         folder.begin(config)
 
 
@@ -216,7 +216,7 @@ def test_newer_checkpoints_are_set_aside_and_unfinished_ones_removed_when_the_ru
     (checkpoints / ".step-00000003.tmp").mkdir()
     first = checkpoints / "step-00000001"
     with open_run_folder(run_dir, Resume(point=str(first))) as folder:
-        folder.check_settings(CONFIG, PretrainConfig)
+        folder.check_settings(CONFIG, PretrainConfig, num_steps=10)
         assert {path.name for path in checkpoints.iterdir()} == {
             "step-00000001",
             "step-00000002",
@@ -446,7 +446,7 @@ def open_on_rank(folders: list[str], config: list[dict[str, Any]]) -> dict[str, 
     dist.init_process_group("gloo")
     try:
         with open_run_folder(Path(folders[rank]), Resume()) as folder:
-            folder.check_settings(config[rank], PretrainConfig)
+            folder.check_settings(config[rank], PretrainConfig, num_steps=10)
             folder.begin(config[rank])
             logging.getLogger("spade_t5").warning("rank %d was here", rank)
     except ConfigError as error:

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from spade_t5.testing import documented
+from spade_t5.training.config import TrainingConfig
 from spade_t5.training.schedules import (
     ConstantSchedule,
     CosineSchedule,
@@ -66,6 +68,36 @@ def test_wsd_is_flat_and_then_falls_in_its_shape(shape: str, quarter: float, hal
     assert factors[6:8] == pytest.approx([quarter, half])
     assert factors[9] == pytest.approx(0.2)
     assert factors[6:] == sorted(factors[6:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "values", "field"),
+    [
+        (100, {"warmup_steps": 10, "decay_steps": 1000}, "decay_steps: 1000 is a decay of 1000 steps"),
+        (100, {"warmup_steps": 10, "decay_steps": 91}, "decay_steps: 91 is a decay of 91 steps"),
+        (100, {"warmup_steps": 30, "decay_share": 0.8}, "decay_share: 0.8 is a decay of 80 steps"),
+        (5, {"decay_steps": 6}, "decay_steps: 6 is a decay of 6 steps"),
+    ],
+)
+def test_a_decay_that_does_not_fit_behind_the_warm_up_is_refused(
+    steps: int, values: dict[str, float], field: str
+) -> None:
+    sizes = {"global_batch_rows": 1, "micro_batch_rows": 1}
+    with pytest.raises(ValueError, match=f"schedule.{field}") as caught:
+        TrainingConfig(steps=steps, schedule=WSDSchedule(**values), **sizes)  # type: ignore[arg-type]
+    documented(str(caught.value))
+    enough = int(str(caught.value).rpartition(" ")[2])
+    if "decay_steps" in values:
+        TrainingConfig(steps=enough, schedule=WSDSchedule(**values), **sizes)  # type: ignore[arg-type]
+
+
+def test_a_decay_may_begin_where_the_warm_up_ends() -> None:
+    for schedule in (
+        WSDSchedule(warmup_steps=10, decay_steps=90),
+        WSDSchedule(decay_share=1),
+        WSDSchedule(warmup_steps=200),
+    ):
+        TrainingConfig(steps=100, global_batch_rows=1, micro_batch_rows=1, schedule=schedule)
 
 
 def test_wsd_decays_over_a_share_or_not_at_all() -> None:

@@ -26,6 +26,7 @@ from spade_t5.training.settings import (
     ON_REQUEST,
     Kind,
     check_changes,
+    check_decay,
     kind_of,
     leaves,
     with_defaults,
@@ -211,6 +212,38 @@ def test_a_trunk_may_be_lengthened_freely_and_a_decay_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"training\.schedule\.decay_steps: was None .* training\.steps: was 10 "):
         check_changes(trunk, branch)
     check_changes(trunk, branch, ["training.steps", "training.schedule"])
+
+
+def test_a_branch_begins_before_its_decay() -> None:
+    trunk = changed(PRETRAIN, "training.schedule", to_mapping(WSDSchedule(warmup_steps=1)))
+    branch = changed(trunk, "training.schedule.decay_steps", 6)
+    for step in (1, 4):
+        check_decay(trunk, branch, step=step, num_steps=10)
+    for step, remedies in (
+        (6, "raise training.steps to at least 12, shorten the decay to the steps that are left (4), or resume from"),
+        (9, "raise training.steps to at least 15, shorten the decay to the steps that are left (1), or resume from"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_decay(trunk, branch, step=step, num_steps=10)
+        assert str(caught.value).startswith(
+            f"training.schedule.decay_steps: 6 of training.steps=10 would have begun behind step 4, and the checkpoint is of step {step}, "
+        )
+        assert remedies in str(caught.value)
+        documented(str(caught.value))
+    share = changed(trunk, "training.schedule.decay_share", 0.6)
+    with pytest.raises(ConfigError, match=r"decay_share: 0.6 of training.steps=10 would have begun behind step 4"):
+        check_decay(trunk, share, step=6, num_steps=10)
+
+
+def test_a_run_goes_on_within_its_own_decay_as_it_is() -> None:
+    run = changed(PRETRAIN, "training.schedule", to_mapping(WSDSchedule(decay_steps=6)))
+    check_decay(run, changed(run, "training.clip_norm", 3.0), step=8, num_steps=10)
+    # a shorter run would put more of the decay into the past, and a longer one first brings the peak back, as it says
+    with pytest.raises(ConfigError, match="begun behind step 3, and the checkpoint is of step 8"):
+        check_decay(run, changed(run, "training.steps", 9), step=8, num_steps=9)
+    check_decay(run, changed(run, "training.steps", 20), step=8, num_steps=20)
+    for other in ("constant", "linear"):
+        check_decay(run, changed(PRETRAIN, "training.schedule", {"name": other}), step=8, num_steps=10)
 
 
 def test_checkpoints_of_runs_that_said_true_or_false_go_on() -> None:
