@@ -7,7 +7,6 @@ there, as ZeRO's buckets take them.
 """
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -97,11 +96,7 @@ def _model(config: SpadeT5Config, workload: Workload) -> SpadeT5PreTrainedModel:
         model = cls(config).train()
     finally:
         torch.set_default_dtype(before)
-    with (
-        warnings.catch_warnings()
-    ):  # transformers renames what switches checkpointing on: a matter of the run, not of its plan
-        warnings.simplefilter("ignore", FutureWarning)
-        recompute(model, workload.recomputation)
+    recompute(model, workload.recomputation)
     return model
 
 

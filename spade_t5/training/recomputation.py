@@ -8,11 +8,12 @@
 Losses and gradients are the same, bit for bit: dropout draws the same masks again. What each costs is in docs/recipes.md.
 """
 
+import functools
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Recomputation = Literal["none", "selective", "full"]
 
@@ -34,7 +35,10 @@ and so are computed again."""
 
 
 def recompute(model: nn.Module, policy: Recomputation) -> None:
-    """Sets the policy of every layer of a Hugging Face model that supports gradient checkpointing.
+    """Sets the policy of every stack of layers that supports gradient checkpointing.
+
+    The attributes are those of Hugging Face's protocol. They are set here, since its method has another name in every other version of
+    transformers, and makes the embeddings' outputs require gradients, which only the reentrant kind of checkpointing needs.
 
     Args:
         model: a SPADE-T5 model.
@@ -45,7 +49,11 @@ def recompute(model: nn.Module, policy: Recomputation) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
         options["context_fn"] = _selective_contexts
-    model.gradient_checkpointing_enable(options)  # type: ignore[operator]
+    for stack in model.modules():
+        if hasattr(stack, "gradient_checkpointing"):
+            # nn.Module takes every attribute; mypy knows tensors and modules only.
+            stack._gradient_checkpointing_func = functools.partial(checkpoint, **options)  # type: ignore[assignment]
+            stack.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def _selective_contexts() -> Any:

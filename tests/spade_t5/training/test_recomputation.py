@@ -74,6 +74,15 @@ def test_gradients_are_the_same_and_products_are_made_once_or_twice() -> None:
     assert 0 < extra["selective"] < extra["full"] / 2
 
 
+@pytest.mark.parametrize("policy", ["selective", "full"])
+@pytest.mark.filterwarnings("error")
+def test_nothing_warns(policy: Recomputation) -> None:
+    model = SpadeT5ForConditionalGeneration(SpadeT5Config.from_preset("tiny", vocab_size=50, **SIZE)).train()
+    recompute(model, policy)
+    ids = torch.randint(2, 50, (1, 8))
+    model(ids, labels=ids).loss.backward()
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_a_model_is_told_by_its_layers(value: bool, tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", gradient_checkpointing=value)
