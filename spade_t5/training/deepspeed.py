@@ -171,6 +171,22 @@ class _CountedWork:
         return getattr(self._work, name)
 
 
+def _count_fetches(coordinator: Any) -> None:
+    """Has the model's stream wait in the engine's context for parameters that ZeRO 3 gathers.
+
+    On a GPU the gathers run, and are waited for, on a stream of DeepSpeed's own. What the model's stream then waits for is that stream, at
+    the end of `fetch_sub_module`, and nothing else is put into the model's stream meanwhile.
+    """
+    fetch = coordinator.fetch_sub_module
+
+    @functools.wraps(fetch)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        with distributed.waiting():
+            return fetch(*arguments, **options)
+
+    coordinator.fetch_sub_module = counted
+
+
 class DeepSpeedBackend:
     """A model under `deepspeed.initialize`."""
 
@@ -208,6 +224,8 @@ class DeepSpeedBackend:
         self.model: nn.Module = engine
         self._engine: Any = engine
         self._wrapped = wrapped
+        if self._stage == 3 and distributed.device().type == "cuda":
+            _count_fetches(wrapped.parameter_offload.get_param_coordinator())
         self.optimizer: torch.optim.Optimizer = client_optimizer if self._stage == 0 else wrapped.optimizer
         self._restore_frozen()
         if self._stage > 0:

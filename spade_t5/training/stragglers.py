@@ -1,8 +1,8 @@
 """Which rank keeps the others waiting.
 
 Ranks that work together all take as long as the slowest: the time of a step says nothing about a rank. What a rank spends by itself
-does, that is a step without the waiting for collectives. Where those overlap with the computation on a GPU, waiting is only seen where the
-computation's own stream stands still for it.
+does, that is a step without the waiting for collectives. Where those overlap with the computation on a GPU (ZeRO 3), what is seen is that the
+computation's own stream stands still for parameters; the wait for the last gradients at the end of a backward pass counts as the rank's own.
 """
 
 import logging

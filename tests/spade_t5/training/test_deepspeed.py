@@ -22,9 +22,10 @@ from spade_t5.pretrain.tokenizer import TokenizerConfig, train_tokenizer
 from spade_t5.testing import documented, free_port, run_command, torchrun
 from spade_t5.training import distributed
 from spade_t5.training.config import DeepSpeedConfig, TrainingConfig
-from spade_t5.training.deepspeed import deepspeed_json
+from spade_t5.training.deepspeed import _count_fetches, deepspeed_json
 from spade_t5.training.optimizers import SGDConfig
 from spade_t5.training.reporting import read_metrics
+from spade_t5.training.timing import HostClock
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 SETTINGS = [
@@ -52,6 +53,22 @@ def settings(**values: Any) -> TrainingConfig:
             **values,
         }
     )
+
+
+def test_a_fetch_of_parameters_is_a_wait() -> None:
+    class Coordinator:
+        def fetch_sub_module(self, module: str, forward: bool) -> tuple[str, bool, str]:
+            return module, forward, clock.part
+
+    clock = HostClock()
+    coordinator = Coordinator()
+    _count_fetches(coordinator)
+    with distributed.collectives_in(clock.waiting):
+        for part in ("forward", "evaluation"):
+            with clock.within(part):  # type: ignore[arg-type]
+                expected = "communication" if part == "forward" else part
+                assert coordinator.fetch_sub_module("layer", forward=True) == ("layer", True, expected)
+                assert clock.part == part
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
