@@ -267,7 +267,11 @@ class Trainer:
                 is_last = self._step + 1 == config.steps
                 is_save_due = is_last or self._is_save_requested or _is_due(self._step + 1, config.save_every_steps)
                 is_saving = is_save_due or agreed.is_stopping
-                if self._train_step(micro_batches, agreed, is_saving=is_saving):
+                number = self._step + 1
+                is_going_back = self._train_step(micro_batches, agreed, is_saving=is_saving)
+                if self._profiler.is_due(number, is_going_back=is_going_back):
+                    self._write_profile(number)
+                if is_going_back:
                     return
                 self._held_out_loss = None
                 self._is_evaluation_due = self._eval_rows is not None and (
@@ -330,6 +334,13 @@ class Trainer:
         if result.differing_copies:
             return self._on_differing_copies(result.differing_copies)
         return self._on_skipped_step(micro_batches, result.loss)
+
+    def _write_profile(self, step: int) -> None:
+        """Writes what ranks recorded up to a step. The others wait, so that the time is in no step of any rank."""
+        self._enter("save")
+        with self._clock.within("profile"):
+            self._profiler.close(step)
+            distributed.all_reduce_sum([0.0])
 
     def _report_step(
         self, result: StepResult, agreed: Agreed, learning_rate_factor: float, seconds_by: dict[Part, float]

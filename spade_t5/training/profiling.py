@@ -1,6 +1,7 @@
 """Records some steps with torch.profiler, one trace file a rank, to be opened in Perfetto or chrome://tracing.
 
-Profiled steps compute what they would anyway; they take longer, so their times and rates are those of profiled steps.
+Profiled steps compute what they would anyway; they take longer, so their times and rates are those of profiled steps. The trace is written
+between steps.
 """
 
 import contextlib
@@ -53,6 +54,7 @@ class StepProfiler:
     def __init__(self, config: ProfileConfig | None, run_dir: Path) -> None:
         """Writes to `run_dir/profile/`; without a config nothing is recorded."""
         is_chosen = config is not None and (config.ranks is None or distributed.rank() in config.ranks)
+        self._steps = range(0) if config is None else range(config.first_step, config.first_step + config.num_steps)
         self._config = config if is_chosen else None
         self._folder = run_dir / PROFILE_FOLDER
         self._profile: Any = None
@@ -61,20 +63,20 @@ class StepProfiler:
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Context of a step, from its rows to its update."""
-        config = self._config
-        if config is None or not config.first_step <= number < config.first_step + config.num_steps:
-            self._end(number - 1)
+        if self._config is None or number not in self._steps:
             yield
             return
         if self._profile is None:
-            self._begin(config, number)
+            self._begin(self._config, number)
         with torch.profiler.record_function(f"step {number}"):
             yield
-        if number == config.first_step + config.num_steps - 1:
-            self._end(number)
+
+    def is_due(self, step: int, *, is_going_back: bool = False) -> bool:
+        """Whether ranks have to write what they recorded behind a step, the same on all ranks: the last one, or any that ends in a rollback."""
+        return step in self._steps and (is_going_back or step == self._steps[-1])
 
     def close(self, step: int) -> None:
-        """Writes what was recorded, if the run ended within the recorded steps, in `step`."""
+        """Writes what this rank recorded up to a step, if it did."""
         self._end(step)
 
     def _begin(self, config: ProfileConfig, step: int) -> None:

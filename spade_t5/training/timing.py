@@ -14,9 +14,11 @@ from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 
-Part = Literal["data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "rest"]
+Part = Literal[
+    "data", "forward", "backward", "optimizer", "communication", "checkpoint", "evaluation", "profile", "rest"
+]
 PARTS: tuple[Part, ...] = get_args(Part)
-OUTSIDE_STEPS: frozenset[Part] = frozenset({"checkpoint", "evaluation"})
+OUTSIDE_STEPS: frozenset[Part] = frozenset({"checkpoint", "evaluation", "profile"})
 """Parts that lie between steps; collectives in them belong to them."""
 
 Mark = TypeVar("Mark")
@@ -105,7 +107,7 @@ class StreamClock(Clock[torch.cuda.Event]):
     """Time of the current stream of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Takes the stream that is current now; what DeepSpeed does on others overlaps with it and is not seen."""
+        """Takes the stream that is current now; what DeepSpeed does on others overlaps with it, and is seen where this one waits for it."""
         self._device = device
         self._stream = torch.cuda.current_stream(device)
         self._spare: list[torch.cuda.Event] = []

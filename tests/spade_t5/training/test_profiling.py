@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,8 @@ from spade_t5.checkpoint import list_checkpoints
 from spade_t5.testing import documented
 from spade_t5.testing.runs import assert_exact
 from spade_t5.training.engine import Trainer
-from spade_t5.training.profiling import ProfileConfig
+from spade_t5.training.profiling import ProfileConfig, StepProfiler
+from spade_t5.training.reporting import read_metrics
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -48,6 +51,38 @@ def test_other_ranks_and_steps_are_not_recorded(make_trainer: MakeTrainer, tmp_p
     make_trainer(tmp_path / "ranks", steps=2, profile=ProfileConfig(first_step=1, ranks=(1, 3))).fit()
     make_trainer(tmp_path / "steps", steps=2, profile=ProfileConfig(first_step=9)).fit()
     assert not list(tmp_path.glob("*/profile"))
+
+
+def test_a_trace_is_written_outside_of_steps(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of a host that stands still while nothing is written, and jumps while a trace is."""
+    trainer = make_trainer(tmp_path / "run", profile=ProfileConfig(first_step=2, num_steps=2))
+    watched: list[str] = []
+    write, offset = StepProfiler._write, 0.0
+
+    def slow(*arguments: Any) -> None:
+        nonlocal offset
+        assert trainer._watchdog is not None
+        watched.append(trainer._watchdog._position.phase)
+        write(*arguments)
+        offset += 1000.0
+
+    now = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + offset)
+    monkeypatch.setattr(StepProfiler, "_write", slow)
+    trainer.fit()
+    assert watched == ["save"]
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "run") if line["split"] == "train"}
+    assert [line["seconds_by"]["profile"] >= 1000 for line in lines.values()] == [False, False, False, True]
+    assert all(line["seconds"] < 1000 for line in lines.values())
+
+
+def test_what_was_recorded_before_a_rollback_is_written_at_once(tmp_path: Path) -> None:
+    profiler = StepProfiler(ProfileConfig(first_step=3, num_steps=4, ranks=(1,)), tmp_path)
+    due = [[step for step in range(9) if profiler.is_due(step, is_going_back=back)] for back in (False, True)]
+    assert due == [[6], [3, 4, 5, 6]]
+    assert not StepProfiler(None, tmp_path).is_due(1, is_going_back=True)
 
 
 def test_a_profile_without_a_place_is_left_out(
