@@ -1,13 +1,18 @@
 """The scaling benchmark: its predictions, and one of its checks on a slow link between two hosts."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from spade_t5.benchmarks import shaped_links
 from spade_t5.benchmarks.shaped_links import Layout, Shape, compare
 from spade_t5.launch.cli import main
 from spade_t5.testing.hosts import why_no_hosts
+from spade_t5.training.bandwidth import CollectiveTime
 
 
 def needs_hosts() -> None:
@@ -63,6 +68,46 @@ def test_bad_assumptions_are_refused(
     assert message in capsys.readouterr().err.replace("'h1000'", "h1000")
 
 
+def test_a_comparison_says_by_how_much_a_prediction_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ranks whose collectives and steps take times that are given, on hosts that are none."""
+    asked: list[Any] = []
+
+    class Hosts(list[None]):
+        @contextlib.contextmanager
+        def slowed(self, *, bytes_per_second: float, delay_seconds: float) -> Iterator[None]:
+            asked.append((bytes_per_second, delay_seconds))
+            yield
+            asked.append("as before")
+
+    class Ranks(contextlib.nullcontext["Ranks"]):
+        def __init__(self, hosts: Hosts, layout: Layout, folder: Path) -> None:
+            super().__init__(self)
+
+        def collectives(self) -> list[CollectiveTime]:
+            rate = asked[-1][0] if asked else 1e9
+            return [
+                CollectiveTime(name=name, backend="gloo", num_ranks=2, num_bytes=size, seconds=1e-4 + size / rate)
+                for name in ("all_reduce", "all_gather", "reduce_scatter")
+                for size in (1_000, 1_000_000, 8_000_000)
+            ]
+
+        def step_seconds(self, zero_stage: int) -> float:
+            return 10.0 if asked else 0.5
+
+    monkeypatch.setattr(shaped_links, "make_hosts", lambda folder, count: contextlib.nullcontext(Hosts([None] * count)))
+    monkeypatch.setattr(shaped_links, "Ranks", Ranks)
+    found = list(compare([Layout(2, 1)], [Shape(80, 5)], zero_stages=[1, 3]))
+    assert asked == [(1e7, 0.005), "as before"]
+    assert [one.zero_stage for one in found] == [1, 3]
+    for one in found:
+        assert one.measured_seconds == 10
+        assert one.ratio == one.predicted.seconds / 10
+        assert 0 < one.communication_share < 1
+        assert one.links["all_reduce"].bytes_per_second == pytest.approx(1e7, rel=0.01)
+    assert found[0].predicted.seconds != found[1].predicted.seconds
+
+
+@pytest.mark.faults
 def test_a_step_on_a_slow_link_takes_about_as_long_as_predicted() -> None:
     """So slow that the link decides; even on a busy machine the prediction is then within a factor."""
     needs_hosts()

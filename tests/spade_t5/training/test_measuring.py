@@ -23,7 +23,7 @@ from spade_t5.training.optimizers import AdamWConfig
 from spade_t5.training.reporting import read_lines, read_metrics
 from spade_t5.training.stragglers import SlowRanks
 from spade_t5.training.throughput import Work, rates, work_of
-from spade_t5.training.timing import PARTS
+from spade_t5.training.timing import OUTSIDE_STEPS, PARTS
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 STEPS = 3
@@ -122,12 +122,15 @@ def test_norms_of_the_weights_are_those_that_the_gradient_was_taken_at(runs: Pat
 
 @pytest.mark.parametrize("name", [name for name in SHARDINGS if name.endswith("fp32")])
 def test_the_slow_rank_is_named_though_all_wait_for_it(name: str, runs: Path) -> None:
-    for line in read_metrics(runs / name)[1:]:
-        ranks = line["ranks"]
-        assert ranks["slowest_rank"] == 1
-        own_difference, difference = (ranks[key]["max"] - ranks[key]["min"] for key in ("own_seconds", "seconds"))
-        assert own_difference > ROWS_OF_RANK * ROW_SECONDS / 2 > difference
-        assert line["seconds_by"]["communication"] > ROWS_OF_RANK * ROW_SECONDS / 2  # of rank 0, which waits
+    # Sums of steps, and times of one run beside each other: a busy machine may hold up any rank for a while.
+    lines = read_metrics(runs / name)[1:]
+    own, whole = ([line["ranks"][key] for line in lines] for key in ("own_seconds", "seconds"))
+    own_difference, difference = (sum(ranks["max"] - ranks["min"] for ranks in steps) for steps in (own, whole))
+    assert own_difference > 2 * difference
+    ranks = max((line["ranks"] for line in lines), key=lambda ranks: ranks["own_seconds"]["max"])
+    assert ranks["slowest_rank"] == 1
+    # the main rank waits for the other one, which sleeps that long in each step
+    assert sum(line["seconds_by"]["communication"] for line in lines) > own_difference / 2
     assert "ranks" not in read_metrics(runs / "alone")[0]
     documented_names = set(re.findall(r"`(\w+)`", DOCS.read_text(encoding="utf-8")))
     assert {*ranks, *ranks["own_seconds"], "ranks"} <= documented_names
@@ -138,7 +141,7 @@ def test_the_parts_of_the_time_sum_to_the_whole(name: str, runs: Path) -> None:
     lines = read_metrics(runs / name)
     for line in lines:
         assert list(line["seconds_by"]) == list(PARTS)
-        between = line["seconds_by"]["checkpoint"] + line["seconds_by"]["evaluation"]
+        between = sum(line["seconds_by"][part] for part in OUTSIDE_STEPS)
         assert line["seconds"] == pytest.approx(sum(line["seconds_by"].values()) - between)
     (event,) = (event for event in read_lines(runs / name / "events.jsonl") if event["event"] == "time")
     assert event["seconds"] == pytest.approx(sum(event["seconds_by"].values()))
