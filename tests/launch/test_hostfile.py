@@ -15,6 +15,7 @@ from spade_t5.launch.hostfile import read_hostfile
 from spade_t5.launch.options import node_range
 from spade_t5.launch.remote_shell import is_here, remote_words, same_place_words
 from spade_t5.testing import documented, run_command
+from spade_t5.testing.endings import ranks_that_end
 from spade_t5.testing.runs import write_recipe
 
 SPADE_T5 = [sys.executable, "-m", "spade_t5.launch"]
@@ -193,3 +194,20 @@ def test_two_nodes_on_one_machine_train_together(tmp_path: Path, store: Path) ->
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3]
     (logs,) = (run_dir / "logs").glob("launch-*")
     assert {path.name for path in logs.glob("rank-*.err")} == {"rank-00000.err", "rank-00001.err"}
+
+
+@pytest.mark.parametrize("code", [1, 2, pytest.param(75, marks=pytest.mark.faults)])
+def test_the_exit_code_is_that_of_the_ranks_on_both_nodes(
+    code: int, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", [store], steps=3, loader_workers=0)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=1\n127.0.0.2 slots=1\n")
+    words = ["pretrain", str(recipe), f"run_dir={tmp_path / 'run'}"]
+    if code == 2:
+        words.append("training.deepspeed=null")
+    else:
+        monkeypatch.setenv("PYTHONPATH", ranks_that_end(tmp_path, code)["PYTHONPATH"])
+    assert main(["launch", "hostfile", "--hostfile", str(hosts), "--max-restarts", "0", "--", *words]) == code
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert {1: "giving up", 2: "training.deepspeed: null", 75: "stopped on request"}[code] in said

@@ -20,6 +20,7 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 from spade_t5.launch import k8s
 from spade_t5.launch.cli import main
 from spade_t5.testing import documented, free_port, guide, launch_ranks
+from spade_t5.testing.endings import ranks_that_end
 from spade_t5.testing.runs import assert_exact, write_recipe
 
 KUBERNETES = ("1.31", "1.37")
@@ -193,7 +194,7 @@ class Pod:
 
 
 def start_pods(
-    stack: ExitStack, capfd: pytest.CaptureFixture[str], tmp_path: Path, kind: str, command: list[str]
+    stack: ExitStack, capfd: pytest.CaptureFixture[str], tmp_path: Path, kind: str, command: list[str], *options: str
 ) -> list[Pod]:
     """Two pods of a manifest, the second first."""
     words = [
@@ -206,6 +207,7 @@ def start_pods(
         "2",
         "--volume",
         f"tmp:{tmp_path}",
+        *options,
         "--",
         *command,
     ]
@@ -260,12 +262,16 @@ def test_a_pod_that_is_asked_to_stop_stops_all(
     assert "stopped at step" in pods[0].log.read_text()
 
 
-@pytest.mark.faults
-def test_a_config_that_ranks_refuse_ends_all_pods_with_2(
-    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("code", [1, 2, 75])
+def test_the_exit_code_of_all_pods_is_that_of_the_ranks(
+    code: int, store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", [store], steps=5)
-    words = ["pretrain", str(recipe), f"run_dir={tmp_path / 'run'}", "training.deepspeed=null"]
+    words = ["pretrain", str(recipe), f"run_dir={tmp_path / 'run'}"]
+    if code == 2:
+        words.append("training.deepspeed=null")
+    else:
+        monkeypatch.setenv("PYTHONPATH", ranks_that_end(tmp_path, code)["PYTHONPATH"])
     with ExitStack() as stack:
-        pods = start_pods(stack, capfd, tmp_path, "jobset", words)
-        assert [pod.wait() for pod in pods] == [2, 2], [pod.log.read_text() for pod in pods]
+        pods = start_pods(stack, capfd, tmp_path, "jobset", words, "--max-restarts", "0")
+        assert [pod.wait() for pod in pods] == [code, code], [pod.log.read_text() for pod in pods]

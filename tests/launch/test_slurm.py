@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -13,6 +13,7 @@ import pytest
 from spade_t5.launch.cli import main
 from spade_t5.launch.environment import FORWARDED
 from spade_t5.testing import documented, guide, launch_ranks, run_command
+from spade_t5.testing.endings import ranks_that_end
 from spade_t5.testing.runs import assert_exact, attempts, write_recipe
 from spade_t5.testing.slurm import NODES, SlurmCluster, slurm_cluster, why_no_slurm
 
@@ -34,13 +35,21 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     return write_recipe(path, [store], steps=STEPS, save_every_steps=3, loader_workers=0, keep_checkpoints=2)
 
 
-def submitted(cluster: SlurmCluster, recipe: Path, tmp_path: Path, *words: str, options: tuple[str, ...] = ()) -> int:
-    """The number of a job that the command of the guide submits, on two nodes without GPUs; its run folder is run, its output job.out."""
+def submitted(
+    cluster: SlurmCluster,
+    recipe: Path,
+    tmp_path: Path,
+    *words: str,
+    num_nodes: int = 2,
+    options: tuple[str, ...] = (),
+    env: Mapping[str, str] = {},
+) -> int:
+    """The number of a job that the command of the guide submits, on nodes without GPUs; its run folder is run, its output job.out."""
     launch = guide.command(
         "multinode.md",
         "spade-t5 launch slurm",
         {
-            "3:4": ["2"],
+            "3:4": [str(num_nodes)],
             "8": [],
             "--nproc-per-node": ["--nproc-per-node", "1", "--grace", "20"],
             "--gpus-per-node": [],
@@ -50,7 +59,7 @@ def submitted(cluster: SlurmCluster, recipe: Path, tmp_path: Path, *words: str, 
             "data.store=/shared/stores/c4": [],  # the recipe mixes several
         },
     )
-    done = run_command([sys.executable, "-m", "spade_t5.launch", *launch], env=cluster.environment)
+    done = run_command([sys.executable, "-m", "spade_t5.launch", *launch], env={**cluster.environment, **env})
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -93,6 +102,20 @@ def test_a_job_trains_on_both_nodes_and_goes_on_exactly_after_a_requeue_and_afte
     assert_exact(run_dir, undisturbed)
     hosts = {path.name.split("-")[3] for path in run_dir.glob("logs/launch-*")}
     assert hosts == {NODES[0]}
+
+
+def test_the_exit_codes_of_jobs_are_those_of_their_ranks(cluster: SlurmCluster, recipe: Path, tmp_path: Path) -> None:
+    jobs = {}
+    for code in (1, 2, 75):
+        (folder := tmp_path / str(code)).mkdir()
+        words = ("data.mixture=[{store: /gone, rate: 1.0}]",) if code == 2 else ()
+        env = {} if code == 2 else ranks_that_end(folder, code)
+        jobs[code] = submitted(
+            cluster, recipe, folder, *words, num_nodes=1, options=("--max-restarts", "0", "--no-requeue"), env=env
+        )
+    for code, job in jobs.items():
+        said = tmp_path / str(code) / "job.out"
+        assert cluster.wait_for_end(job) == ("FAILED", f"{code}:0"), said.read_text()
 
 
 @pytest.mark.faults
