@@ -1,4 +1,7 @@
-"""The guide for many machines: its commands are what the tests run, on SLURM in test_slurm.py, as pods in test_k8s.py, or here as a dry run."""
+"""The guide for many machines: its commands are what the tests run, on two hosts in test_two_hosts.py, on SLURM in test_slurm.py, as pods in test_k8s.py.
+
+Here those for a list of machines are shown by a dry run, that with accelerate's file among them, which is not run anywhere.
+"""
 
 import json
 from pathlib import Path

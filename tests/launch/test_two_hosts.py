@@ -17,7 +17,7 @@ import pytest
 
 from spade_t5.checkpoint import list_checkpoints, verify_checkpoint
 from spade_t5.launch.cli import main
-from spade_t5.testing import documented, launch_ranks
+from spade_t5.testing import documented, guide, launch_ranks
 from spade_t5.testing.hosts import Host, Hosts, hosts_or_skip
 from spade_t5.testing.runs import assert_exact, attempts, lineage, write_recipe
 
@@ -27,11 +27,25 @@ LOST_AFTER = 5
 WAIT_FOR_NODES = 30
 """Long enough for two of them to be started on a slow machine."""
 STEP_SECONDS = 8
+START = "spade-t5 launch hostfile --hostfile hosts --nnodes"
+START_WITH_VARIABLES = "spade-t5 launch hostfile --hostfile hosts --env WANDB_API_KEY"
+"""Beginnings of the guide's commands."""
 SECRET = "never-to-be-seen-0123456789"
 
 
 class Launched:
-    """`spade-t5 launch hostfile` on host1, and what it started on all hosts; as a context it leaves nothing running."""
+    """The guide's `spade-t5 launch hostfile` on host1, and what it started on all hosts; as a context it leaves nothing running.
+
+    Args:
+        hosts: all of them.
+        recipe: what is run, in place of the guide's.
+        run_dir: its folder.
+        words: settings.
+        options: of the launcher, over the guide's.
+        slots: ranks of each host.
+        env: variables of the launcher.
+        start: beginning of the command in the guide.
+    """
 
     def __init__(
         self,
@@ -42,14 +56,22 @@ class Launched:
         options: tuple[str, ...] = (),
         slots: tuple[int, ...] = (1, 1),
         env: dict[str, str] | None = None,
+        start: str = START,
     ) -> None:
         self.run_dir = run_dir
         self._hosts = hosts
         self._err = run_dir.parent / f"{run_dir.name}.err"
         hostfile = run_dir.parent / "hostfile"
         hostfile.write_text("".join(f"{host.name} slots={count}\n" for host, count in zip(hosts, slots, strict=True)))
-        command = [*SPADE_T5, "launch", "hostfile", "--hostfile", str(hostfile), "--lost-after", str(LOST_AFTER)]
-        command += [*options, "--", "pretrain", str(recipe), f"run_dir={run_dir}", *words]
+        changes = {
+            "hosts": [str(hostfile)],
+            "--": ["--lost-after", str(LOST_AFTER), *options, "--"],
+            "c4-base": [str(recipe), *words],
+            "run_dir=/shared/runs/base": [f"run_dir={run_dir}"],
+            "data.store=/shared/stores/c4": [],  # the recipe mixes several
+            **({"3:4": [str(len(hosts))]} if start == START else {}),
+        }
+        command = [*SPADE_T5, *guide.command("multinode.md", start, changes)]
         with self._err.open("ab") as err:
             self._launcher = hosts[0].popen(
                 command,
@@ -201,7 +223,7 @@ def test_it_trains_across_both_hosts_and_shows_nobody_its_secrets(
 ) -> None:
     run_dir = tmp_path / "run"
     options = ("--env", "WANDB_API_KEY")
-    with Launched(hosts, recipe, run_dir, options=options, env={"WANDB_API_KEY": SECRET}) as launched:
+    with Launched(hosts, recipe, run_dir, env={"WANDB_API_KEY": SECRET}, start=START_WITH_VARIABLES) as launched:
         launched.wait_for_steps(4)
         words = [line for host in hosts for line in host.processes().values()]
         for number, host in enumerate(hosts):
@@ -209,6 +231,7 @@ def test_it_trains_across_both_hosts_and_shows_nobody_its_secrets(
             environment = rank.environ()
             assert environment["SPADE_T5_PLACE"].startswith(f"{number},2,{number},2,{hosts[0].address},")
             assert environment["WANDB_API_KEY"] == SECRET
+            assert environment["NCCL_IB_HCA"] == "mlx5", "as the guide says"
             lines = host.run(["ss", "-Hltn"]).stdout.splitlines()
             assert {line.split()[3].rpartition(":")[0] for line in lines} <= {host.address, "127.0.0.1"}
         assert launched.wait() == 0, launched.stderr
@@ -227,17 +250,42 @@ def test_it_trains_across_both_hosts_and_shows_nobody_its_secrets(
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
-def test_a_cut_link_and_a_killed_host_cost_restarts_only_and_a_request_stops_all(
+COLLECTIVE_SECONDS = 15
+"""How long collectives wait, in the test of the link that is cut for more than twice as long; elsewhere it is half an hour."""
+PHASES = ("compile", "evaluation", "save")
+SHORT_COLLECTIVES = f"""
+import os, sys
+def shorten(event, arguments):
+    if event == "import" and arguments[0] == "spade_t5.launch.config_files":
+        from spade_t5.training import distributed
+        distributed.TIMEOUT_MARGIN_SECONDS = {COLLECTIVE_SECONDS - 10}
+        join = distributed.join
+        def tell(seconds):
+            with open(__file__ + ".said", "a") as file:
+                print(seconds, file=file)
+            join(seconds)
+        distributed.join = tell
+if "LOCAL_RANK" in os.environ:
+    sys.addaudithook(shorten)
+"""
+
+
+def test_a_link_cut_for_twice_the_collectives_timeout_and_a_killed_host_cost_restarts_only_and_a_request_stops_all(
     hosts: Hosts, recipe: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
-    with Launched(hosts, recipe, run_dir) as launched:
+    run_dir, hook = tmp_path / "run", tmp_path / "sitecustomize.py"
+    hook.write_text(SHORT_COLLECTIVES)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    limits = [f"training.timeouts.{phase}_seconds=10" for phase in PHASES]
+    with Launched(hosts, recipe, run_dir, *limits, env={"PYTHONPATH": path}) as launched:
         launched.wait_for_steps(7)
+        told = hook.with_name(f"{hook.name}.said").read_text().split()
+        assert set(map(float, told)) == {COLLECTIVE_SECONDS}
         with hosts.cut(hosts[1]):
             began = time.monotonic()
             launched.wait_until(lambda: "starting again" in launched.stderr)
             launched.wait_until(lambda: not any(map(is_training_on, hosts)))
-            time.sleep(max(2 * STEP_SECONDS + 1 - (time.monotonic() - began), 0))
+            time.sleep(max(2 * COLLECTIVE_SECONDS + 1 - (time.monotonic() - began), 0))
         launched.wait_for_more_steps(5)
         hosts[1].kill_all()
         launched.wait_until(lambda: launched.stderr.count("starting again") == 2)
