@@ -14,7 +14,7 @@ from typing import Any
 
 from spade_t5.config import ConfigDict, from_mapping, merge, read_yaml
 from spade_t5.errors import ConfigError
-from spade_t5.hf.loading import load_config
+from spade_t5.hf.loading import resolve_model_config
 from spade_t5.launch.config_files import known_clusters
 from spade_t5.messages import shown
 from spade_t5.presets import preset_names, read_preset
@@ -137,7 +137,7 @@ def _preset_of(init_from: str) -> str:
     Raises:
         ConfigError: there is no model, or it has the sizes of none.
     """
-    config = load_config(init_from)
+    config = resolve_model_config({"init_from": init_from}, vocab_size=0)  # the model's own vocabulary counts
     for preset in preset_names():
         values = read_preset(preset)
         if all(getattr(config, name) == values[name] for name in _SIZES):

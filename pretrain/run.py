@@ -7,6 +7,7 @@ from typing import Any
 
 from spade_t5.anatomy import part_of
 from spade_t5.config import to_mapping
+from spade_t5.configuration import SpadeT5Config
 from spade_t5.errors import ConfigError
 from spade_t5.flops import counter_of_run
 from spade_t5.hf.loading import build_model, continue_model, resolve_model_config
@@ -44,6 +45,19 @@ class PretrainConfig:
     """Steps, batches, optimizer, precision, saving."""
 
 
+def model_config_of(config: PretrainConfig, vocab_size: int) -> SpadeT5Config:
+    """The model that a run trains, from scratch or continued, with a memory that reaches further if the run says so.
+
+    Args:
+        config: the run.
+        vocab_size: of its tokenizer.
+
+    Raises:
+        ConfigError: the model to continue is not there, or the run sets what it cannot.
+    """
+    return resolve_model_config(config.model, vocab_size, may_change=("dt_min", "dt_max"))
+
+
 def pretrain(config: PretrainConfig, *, resume: Resume = AUTO) -> Path:
     """Trains, or goes on training, and returns the run folder.
 
@@ -66,7 +80,7 @@ def pretrain(config: PretrainConfig, *, resume: Resume = AUTO) -> Path:
 def _pretrain_in(folder: RunFolder, config: PretrainConfig) -> None:
     data = on_every_rank(lambda: config.data.open(config.objective, seed=config.training.seed))
     tokenizer = data.tokenizer
-    model_config = resolve_model_config(config.model, model_vocab_size(tokenizer), may_change=("dt_min", "dt_max"))
+    model_config = model_config_of(config, model_vocab_size(tokenizer))
     check_vocabulary(tokenizer, model_config.vocab_size)
     for rank, fingerprint in enumerate(distributed.gather_objects(data.fingerprint)):
         if fingerprint != data.fingerprint:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from spade_t5.checkpoint import checkpoint_bytes
 from spade_t5.checkpoint.manifest import content_hash
 from spade_t5.classification import SpadeT5ForSequenceClassification
 from spade_t5.config import to_mapping
@@ -19,14 +20,11 @@ from spade_t5.messages import one_line
 from spade_t5.modeling import SpadeT5ForConditionalGeneration, SpadeT5PreTrainedModel
 from spade_t5.pretrain.corpora import HubCorpus
 from spade_t5.pretrain.data import StoreData
-from spade_t5.pretrain.run import PretrainConfig
+from spade_t5.pretrain.run import PretrainConfig, model_config_of
 from spade_t5.pretrain.store import TokenStore
 from spade_t5.training import TrainingConfig
 
 RunConfig = PretrainConfig | FinetuneConfig
-
-_STATE_BYTES = 4
-"""Checkpoints hold numbers of 32 bits."""
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
@@ -71,7 +69,11 @@ def text(config: RunConfig) -> dict[str, Any]:
 
 def checkpoints(config: RunConfig) -> dict[str, Any]:
     """Size of a checkpoint in bytes, from the shapes of the model alone, and how many a run folder comes to hold."""
-    model_config = resolve_model_config(config.model, model_vocab_size(_tokenizer_of(config)))
+    vocab_size = model_vocab_size(_tokenizer_of(config))
+    if isinstance(config, PretrainConfig):
+        model_config = model_config_of(config, vocab_size)
+    else:
+        model_config = resolve_model_config(config.model, vocab_size)
     cls: type[SpadeT5PreTrainedModel] = SpadeT5ForConditionalGeneration
     if isinstance(config, FinetuneConfig) and config.mode == "encoder-head":
         cls = SpadeT5ForSequenceClassification
@@ -79,12 +81,12 @@ def checkpoints(config: RunConfig) -> dict[str, Any]:
             setattr(model_config, name, value)
     with torch.device("meta"):
         model = cls(model_config)
-    numels = {True: 0, False: 0}
-    for parameter in model.parameters():
-        numels[parameter.requires_grad] += parameter.numel()
-    copies = 1 + config.training.optimizer.num_moments + (config.training.ema_decay is not None)
     return {
-        "checkpoint_bytes": _STATE_BYTES * (copies * numels[True] + numels[False]),
+        "checkpoint_bytes": checkpoint_bytes(
+            model.parameters(),
+            num_moments=config.training.optimizer.num_moments,
+            keeps_average=config.training.ema_decay is not None,
+        ),
         "checkpoints_held": checkpoints_held(config.training),
     }
 

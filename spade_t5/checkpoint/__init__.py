@@ -25,6 +25,7 @@ from spade_t5.checkpoint.loading import load_checkpoint, load_weights_into, read
 from spade_t5.checkpoint.manifest import publish, verify_folder, write_manifest
 from spade_t5.checkpoint.retention import Retention
 from spade_t5.checkpoint.saver import CheckpointSaver, SaveReport, save_checkpoint
+from spade_t5.checkpoint.size import checkpoint_bytes
 from spade_t5.checkpoint.snapshot import Snapshot, take_snapshot
 from spade_t5.checkpoint.state import read_state
 from spade_t5.checkpoint.verifying import newest_good_checkpoint, verify_checkpoint, verify_together
@@ -35,6 +36,7 @@ __all__ = [
     "SaveReport",
     "Snapshot",
     "check_free_space",
+    "checkpoint_bytes",
     "checkpoint_folders",
     "checkpoint_path",
     "latest_checkpoint",

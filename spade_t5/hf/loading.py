@@ -60,7 +60,7 @@ def resolve_model_config(model: dict[str, Any], vocab_size: int, *, may_change: 
         may_change: fields that the section may set beside `init_from`.
 
     Raises:
-        ConfigError: neither `preset` nor `init_from` is given, or both, or a field is wrong.
+        ConfigError: neither `preset` nor `init_from` is given, or both, or a field is wrong; or there is no model to continue.
     """
     values = dict(model)
     preset, init_from = values.pop("preset", None), values.pop("init_from", None)
@@ -72,7 +72,11 @@ def resolve_model_config(model: dict[str, Any], vocab_size: int, *, may_change: 
         refused = [name for name in values if name not in may_change]
         if refused:
             raise ConfigError(f"model.{refused[0]}: cannot be changed together with init_from; remove it")
-        return _saved_config({**load_config(init_from).to_dict(), **values}, Path(init_from))
+        try:
+            saved = load_config(init_from)
+        except ConfigError as error:
+            raise ConfigError(f"model.init_from: {error}") from None
+        return _saved_config({**saved.to_dict(), **values}, Path(init_from))
     return SpadeT5Config.from_preset(preset, **{"vocab_size": vocab_size, **values})
 
 

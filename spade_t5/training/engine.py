@@ -24,6 +24,7 @@ from spade_t5.checkpoint import (
     CheckpointSaver,
     Retention,
     check_free_space,
+    checkpoint_bytes,
     load_checkpoint,
     newest_good_checkpoint,
     take_snapshot,
@@ -554,15 +555,12 @@ class Trainer:
         Raises:
             ConfigError: on all ranks.
         """
-        on_main(lambda: check_free_space(self.run_dir / "checkpoints", self._checkpoint_bytes()))
-
-    def _checkpoint_bytes(self) -> int:
-        """About how large a checkpoint will be."""
-        numels = {True: 0, False: 0}
-        for parameter in self.backend.module.parameters():
-            numels[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
-        copies = 1 + self.config.optimizer.num_moments + (self._average is not None)
-        return 4 * (copies * numels[True] + numels[False])
+        num_bytes = checkpoint_bytes(
+            self.backend.module.parameters(),
+            num_moments=self.config.optimizer.num_moments,
+            keeps_average=self._average is not None,
+        )
+        on_main(lambda: check_free_space(self.run_dir / "checkpoints", num_bytes))
 
     def _merged(self, cursor: Cursor) -> Cursor:
         return self._train_rows.merge_cursors(distributed.gather_objects(cursor))

@@ -4,12 +4,14 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from spade_t5 import SpadeT5Config
 from spade_t5.checkpoint import list_checkpoints
 from spade_t5.errors import ConfigError
 from spade_t5.finetune.config import FinetuneConfig
@@ -22,6 +24,8 @@ from spade_t5.launch.environment import FORWARDED
 from spade_t5.pretrain.run import PretrainConfig
 from spade_t5.testing import documented
 from spade_t5.testing.disks import small_disk
+
+RECIPES = sorted(entry.name.removesuffix(".yaml") for entry in (files("spade_t5") / "configs" / "pretrain").iterdir())
 
 
 def fails() -> dict[str, Any]:
@@ -112,6 +116,15 @@ def test_the_checkpoints_are_as_large_as_foretold(run: Path, pretrain_words: Cal
     written = sum(file.stat().st_size for file in newest.glob("*.safetensors"))
     assert facts["checkpoint_bytes"] <= written <= 1.2 * facts["checkpoint_bytes"]  # with headers
     assert facts["checkpoints_held"] == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_checkpoints_of_every_recipe_are_foretold(recipe: str, store: Path, tmp_path: Path) -> None:
+    words = [f"data.store={store}", f"run_dir={tmp_path}"]
+    if recipe == "c4-long-16k":
+        SpadeT5Config.from_preset("tiny", vocab_size=640).save_pretrained(tmp_path / "model")
+        words.append(f"model.init_from={tmp_path / 'model'}")
+    assert data.checkpoints(load_run(recipe, words))["checkpoint_bytes"] > 10**7
 
 
 def test_what_a_run_reads(store: Path, pretrain_words: Callable[..., list[str]], tmp_path: Path) -> None:
