@@ -1,8 +1,9 @@
 """Say what a pretraining run would do before anything is trained: lengths, shares and sentinels of its denoisers, and how they fill rows.
 
-With --gpus also what it would take: parameters, memory of every rank, FLOPs, time, cost and checkpoints, without a GPU.
+With --gpus, or --cluster, also what it would take: parameters, memory of every rank, FLOPs, time, cost and checkpoints, without a GPU.
 
 Example: spade-t5 plan c4-base objective.name=ul2 objective.max_spans=100
+Example: spade-t5 plan c4-t5-xl --cluster 8-nodes
 Example: spade-t5 plan c4-base --gpus 64 --nodes 8 --gpu h100 training.micro_batch_rows=32
 """
 
@@ -15,7 +16,6 @@ from pathlib import Path
 
 from spade_t5.devices import find_accelerator
 from spade_t5.errors import ConfigError
-from spade_t5.hf.loading import resolve_model_config
 from spade_t5.hf.tokenizer import T5_SENTINELS, VOCABULARY_MULTIPLE, load_tokenizer
 from spade_t5.launch.config_files import add_recipe_arguments, foreign_settings, load_recipe, positive_int
 from spade_t5.pretrain.corpora import HubCorpus
@@ -23,7 +23,7 @@ from spade_t5.pretrain.data import StoreData, scaled_weights
 from spade_t5.pretrain.objectives import BoundDenoiser, PrefixedDenoiser, Vocabulary
 from spade_t5.pretrain.order import BLOCK_DRAWS, Order
 from spade_t5.pretrain.rows import WINDOW_SEGMENTS, ConcatenatedRows, PackedRows
-from spade_t5.pretrain.run import PretrainConfig
+from spade_t5.pretrain.run import PretrainConfig, model_config_of
 from spade_t5.pretrain.store import is_token_store
 from spade_t5.pretrain.streaming import StreamingData, StreamingRows
 
@@ -43,8 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sentinels that a store will be prepared with, while there is none (default: the tokenizer's, or T5's {T5_SENTINELS})",
     )
 
-    parser.add_argument("--gpus", type=positive_int, help="GPUs on all nodes together: plan what the run takes of them")
-    parser.add_argument("--nodes", type=positive_int, default=1, help="nodes that they are on (default: 1)")
+    parser.add_argument(
+        "--gpus",
+        type=positive_int,
+        help="GPUs on all nodes together: plan what the run takes of them (default: those of --cluster)",
+    )
+    parser.add_argument("--nodes", type=positive_int, help="nodes that they are on (default: those of --cluster, or 1)")
     parser.add_argument("--gpu", default="h100", help="kind of GPU: a100-80, h100, h200, b200, ... (default: h100)")
     parser.add_argument(
         "--mfu",
@@ -91,6 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         foreign=foreign_settings(arguments),
         cluster=arguments.cluster,
     )
+    machines = _gpus_and_nodes(arguments)
     vocabulary, source = _vocabulary(config, arguments.tokenizer, arguments.num_sentinels)
     denoisers = config.objective.denoisers(vocabulary)
     phases = _phases(denoisers)
@@ -107,8 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n".join(_from_stream(config, config.data)))
     elif _has_stores(config):
         print("\n".join(_from_stores(config, config.data)))
-    if arguments.gpus is not None:
-        _print_resources(arguments, config, vocabulary, denoisers, phases)
+    if machines is not None:
+        _print_resources(arguments, machines, config, vocabulary, denoisers, phases)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +139,33 @@ class _Phase:
         return sum(share * value for share, value in zip(self.shares, values, strict=True))
 
 
+def _gpus_and_nodes(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Numbers of GPUs and nodes, by the options or the cluster; None: nothing is planned of them.
+
+    Raises:
+        ConfigError: they contradict each other, or there are nodes without GPUs.
+    """
+    gpus, nodes = arguments.gpus, arguments.nodes
+    if arguments.cluster is not None:
+        from spade_t5.launch.clusters import load_cluster
+
+        cluster = load_cluster(arguments.cluster)
+        for option, given, known in (("--gpus", gpus, cluster.num_gpus), ("--nodes", nodes, cluster.nodes)):
+            if given not in (None, known):
+                raise ConfigError(
+                    f"{option}: {given} contradicts --cluster {arguments.cluster}, which has {known}; leave {option} out, or --cluster"
+                )
+        return cluster.num_gpus, cluster.nodes
+    if gpus is None:
+        if nodes is not None:
+            raise ConfigError(f"--nodes: {nodes}, but of how many GPUs is not said; give --gpus, or --cluster")
+        return None
+    return gpus, nodes or 1
+
+
 def _print_resources(
     arguments: argparse.Namespace,
+    gpus_and_nodes: tuple[int, int],
     config: PretrainConfig,
     vocabulary: Vocabulary,
     denoisers: Sequence[BoundDenoiser],
@@ -149,8 +179,8 @@ def _print_resources(
         raise ConfigError(f"--mfu: {arguments.mfu:g} is a share of the peak; give at most 1")
     machines = Machines(
         accelerator=find_accelerator(arguments.gpu),
-        gpus=arguments.gpus,
-        nodes=arguments.nodes,
+        gpus=gpus_and_nodes[0],
+        nodes=gpus_and_nodes[1],
         mfu=arguments.mfu,
         price=arguments.price,
         disk_gbps=arguments.disk_gbps,
@@ -166,7 +196,7 @@ def _print_resources(
     )
     vocab_size = -(-vocabulary.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     print()
-    for line in resource_lines(config.training, resolve_model_config(config.model, vocab_size), rows, machines):
+    for line in resource_lines(config.training, model_config_of(config, vocab_size), rows, machines):
         print(line, flush=True)
 
 

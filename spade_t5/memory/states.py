@@ -67,10 +67,19 @@ class RankStates:
         """What lies on the device from the first step to the last."""
         return self.weights + self.frozen + self.master + self.moments + self.average + self.persistent + self.secondary
 
+    @property
+    def backward_peak(self) -> int:
+        """The most on the device while micro-batches run, besides activations."""
+        return self.resident + self.gradients + self.accumulated + self.buckets + self.gathered
+
+    @property
+    def update_peak(self) -> int:
+        """The most on the device in the update, when activations are gone."""
+        return self.resident + self.gradients + self.update
+
     def largest(self, activations: int) -> int:
         """The most that a step takes on the device: in a backward pass, or in the update."""
-        backward = self.gradients + self.accumulated + self.buckets + self.gathered + activations
-        return self.resident + max(backward, self.gradients + self.update)
+        return max(self.backward_peak + activations, self.update_peak)
 
 
 def rank_states(config: TrainingConfig, parameters: Parameters, *, world_size: int, rank: int = 0) -> RankStates:

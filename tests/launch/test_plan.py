@@ -1,17 +1,31 @@
 """The plan of a run: its table, what follows from it, and exit code 2 with a remedy where the run could not start."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
+from spade_t5 import SpadeT5Config, SpadeT5ForConditionalGeneration
+from spade_t5.config import from_mapping
+from spade_t5.devices import find_accelerator
 from spade_t5.hf.tokenizer import load_tokenizer
+from spade_t5.launch import resources
 from spade_t5.launch.cli import main
+from spade_t5.memory.activations import Activations, Workload
+from spade_t5.memory.parameters import Parameters
+from spade_t5.memory.states import largest_rank
 from spade_t5.pretrain.objectives import SpanCorruption
 from spade_t5.pretrain.segments import DocumentSegments
 from spade_t5.pretrain.store import TokenStore
+from spade_t5.training import TrainingConfig
+from spade_t5.training.scaling import Link
+
+RECIPES = sorted(entry.name.removesuffix(".yaml") for entry in (files("spade_t5") / "configs" / "pretrain").iterdir())
 
 Plan = Callable[..., tuple[int, str, str]]
 
@@ -220,6 +234,16 @@ def test_the_hub_is_not_asked(plan: Plan, tokenizer: Path) -> None:
     assert "the hub is not asked for nobody/has-this-data-set; data.lanes=7 needs" in output
 
 
+@pytest.fixture
+def no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A micro-batch takes a GiB and one for each row, whatever the model, so that large ones need not be traced."""
+
+    def trace(_: SpadeT5Config, workload: Workload) -> Activations:
+        return Activations(0, (1 + workload.rows) << 30)
+
+    monkeypatch.setattr(resources, "trace_activations", trace)
+
+
 GPUS = ("--gpus", "2", "--gpu", "l4")
 
 
@@ -245,6 +269,7 @@ def test_what_a_run_takes_of_gpus(plan: Plan) -> None:
     assert re.search(r"the largest micro-batch that fits is about [\d,]+ rows; a rank has 8 in a step", output)
 
 
+@pytest.mark.usefixtures("no_trace")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -267,15 +292,149 @@ def test_what_a_run_takes_of_gpus(plan: Plan) -> None:
             ("model.preset=xl", "training.deepspeed.zero_stage=0"),
             "use more GPUs, a higher training.deepspeed.zero_stage, training.gradient_checkpointing=full",
         ),
+        (
+            ("model.preset=xl", "training.precision=bf16", "--gpus", "4", "training.micro_batch_rows=4"),
+            "training.deepspeed: the update of the weights needs .* GiB on each L4, .*; use more GPUs, a higher",
+        ),
         (("--mfu", "1.5"), "--mfu: 1.5 is a share of the peak; give at most 1"),
         (("--between", "400"), "link: '400' is not GB/s:microseconds; give for example 360:5"),
     ],
-    ids=["gpu", "nodes", "deepspeed", "hpz", "precision", "rows", "model", "mfu", "link"],
+    ids=["gpu", "nodes", "deepspeed", "hpz", "precision", "rows", "model", "update", "mfu", "link"],
 )
 def test_a_run_that_could_not_start_on_the_gpus(plan: Plan, words: tuple[str, ...], message: str) -> None:
     code, _, errors = plan(*GPUS, *words)
     assert code == 2
     assert re.search(message, errors), errors
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    """What a plan of GPUs prints."""
+    capsys.readouterr()
+    assert main(["plan", *words, "data.store=no-store"]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out.partition("machines")[2].splitlines()
+
+
+@pytest.mark.usefixtures("no_trace")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_can_be_planned(recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--gpus", "8", "--gpu", "h200", "--num-sentinels", "128"]
+    if recipe == "c4-long-16k":
+        missing = tmp_path / "missing"
+        assert main(["plan", recipe, f"model.init_from={missing}", *words]) == 2
+        assert f"model.init_from: {missing}: no such folder; give a run folder" in capsys.readouterr().err
+        SpadeT5Config.from_preset("tiny", vocab_size=32_128).save_pretrained(tmp_path / "model")
+        words.append(f"model.init_from={tmp_path / 'model'}")
+    assert any(line.endswith("*") for line in lines_of(capsys, recipe, *words))
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_a_cluster_says_how_many_gpus_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    by_itself = lines_of(capsys, "c4-base", "--cluster", "8-nodes")
+    assert by_itself == lines_of(capsys, "c4-base", "--cluster", "8-nodes", "--gpus", "64", "--nodes", "8")
+    assert "64 GPUs H100 SXM on 8 nodes" in by_itself[0]
+    for words, message in (
+        (("--gpus", "8"), "--gpus: 8 contradicts --cluster 8-nodes, which has 64; leave --gpus out, or --cluster"),
+        (("--nodes", "4"), "--nodes: 4 contradicts --cluster 8-nodes, which has 8; leave --nodes out, or --cluster"),
+    ):
+        assert main(["plan", "c4-base", "--cluster", "8-nodes", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["plan", "c4-base", "--nodes", "2"]) == 2
+    assert "--nodes: 2, but of how many GPUs is not said; give --gpus, or --cluster" in capsys.readouterr().err
+
+
+def number(lines: list[str], pattern: str) -> float:
+    """The number that the pattern finds in the only line with it."""
+    (found,) = (match for line in lines if (match := re.search(pattern, line)))
+    return float(found[1].replace(",", ""))
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_time_and_cost_are_those_of_all_rows_and_of_communication(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("c4-base", "training.micro_batch_rows=1")
+    few = lines_of(capsys, *words, "--gpus", "128", "--nodes", "16")
+    many = lines_of(capsys, *words, "--gpus", "512", "--nodes", "64")
+    assert not any("empty, to make" in line for line in few)
+    assert any("384 rows of each step are empty" in line for line in many)
+    arithmetic = [number(lines, r"^ +([\d.e-]+) s of a step are arithmetic") for lines in (few, many)]
+    assert arithmetic[0] == arithmetic[1]  # idle GPUs make no step shorter
+    for lines, compute in zip((few, many), arithmetic, strict=True):
+        step = number(lines, r"^time +([\d.e-]+) s a step")
+        assert step == pytest.approx(compute + number(lines, r", ([\d.e-]+) s communication that"), rel=0.02)
+        assert number(lines, r"efficiency, .* (\d+)%$") == pytest.approx(100 * compute / step, abs=1)
+        assert number(lines, r"^time .* ([\d.]+) h the run") == pytest.approx(65_536 * step / 3600, rel=0.02)
+        assert number(lines, r"; ([\d,]+) input tokens") == pytest.approx(128 * 512 / step, rel=0.02)
+    costs = [number(lines, r"^cost +([\d,.]+)") for lines in (few, many)]
+    assert costs[1] > 4 * costs[0]
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_a_growing_batch_takes_the_time_of_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("c4-base", "training.deepspeed=null", "training.micro_batch_rows=16", "--gpus", "1")
+    hours = [
+        number(lines_of(capsys, *words, *more), r"^time .* ([\d.]+) h the run")
+        for more in ((), ("training.steps=32768", "training.batch_warmup={initial_rows: 64, steps: 32768}"))
+    ]
+    assert hours[1] == pytest.approx(64 / 128 * 32768 / 65536 * hours[0], rel=0.01)
+
+
+@pytest.mark.usefixtures("no_trace")
+def test_the_row_of_a_run_without_deepspeed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = lines_of(capsys, "c4-base", "--cluster", "1-gpu", "training.micro_batch_rows=16")
+    rows = [line.split() for line in lines if re.match(r"\s*(fp32|bf16)", line)]
+    assert [row[:2] for row in rows if row[-1] == "*"] == [["bf16_autocast", "none"]]
+    assert [row[1] for row in rows if row[0] == "bf16"] == ["1", "2", "3"]
+    cells = {(row[0], row[1]): row for row in rows}
+    # no buffers of a reduction: 4 bytes of weight, gradient and two moments, and of what is frozen, and 17 GiB of activations
+    assert cells["bf16_autocast", "none"][8:10] == ["0.00", "GiB"]
+    assert float(cells["bf16_autocast", "none"][12]) == pytest.approx(17 + 248_759_808 * 16 / 2**30, abs=0.01)
+    assert float(cells["bf16_autocast", "0"][12]) > float(cells["bf16_autocast", "none"][12])
+
+
+MACHINES = resources.Machines(
+    accelerator=find_accelerator("h100"),
+    gpus=8,
+    nodes=1,
+    mfu=0.4,
+    price=1.0,
+    disk_gbps=1.0,
+    within=None,
+    between=Link(latency_seconds=0, bytes_per_second=1e9),
+)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("rank_rows", [8, 4096])
+def test_the_largest_micro_batch_is_the_last_that_fits(stage: int, rank_rows: int) -> None:
+    """Even where without activations the update would take more than the backward pass."""
+    config = from_mapping(
+        TrainingConfig,
+        {
+            "steps": 9,
+            "global_batch_rows": 8 * rank_rows,
+            "micro_batch_rows": 2,
+            "optimizer": {"name": "adamw", "learning_rate": 1e-3},
+            "deepspeed": {"zero_stage": stage, "bucket_numel": 1000},
+        },
+    )
+    with torch.device("meta"):
+        model = SpadeT5ForConditionalGeneration(SpadeT5Config.from_preset("large"))
+    parameters = Parameters.of(model)
+
+    states = largest_rank(config, parameters, world_size=8)
+    assert (states.update_peak > states.backward_peak) == (stage == 2)
+
+    def activations(rows: int) -> Activations:
+        return Activations(0, (1 + 3 * rows) << 28)
+
+    def fits(rows: int) -> bool:
+        run = dataclasses.replace(config, micro_batch_rows=rows)
+        states = largest_rank(run, parameters, world_size=8)
+        return states.largest(activations(rows).peak) <= MACHINES.usable_bytes
+
+    most = resources.largest_micro_batch(config, parameters, MACHINES, activations(2), activations(4))
+    assert most > 8
+    assert fits(most)
+    assert not fits(most + 1)
 
 
 def test_the_example_of_the_guide(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
