@@ -390,8 +390,8 @@ def signal_in_backward(rank: int, number: int, times: int) -> None:
         return
     backward, calls = DeepSpeedBackend.backward, itertools.count()
 
-    def interrupted(self: DeepSpeedBackend, loss: torch.Tensor) -> None:
-        backward(self, loss)
+    def interrupted(self: DeepSpeedBackend, loss: torch.Tensor, *, is_last: bool) -> None:
+        backward(self, loss, is_last=is_last)
         if next(calls) == 4 * 2:
             for i in range(times):
                 time.sleep(1.5 * i)
