@@ -201,16 +201,14 @@ class Coordinator:
             if self._stop.is_requested:
                 return Ending(EXIT_STOPPED, f"stopped before training; {GO_ON}")
             missing = [remote for remote in self._remotes.values() if remote.link is None]
-            if all(remote.was_left_out for remote in missing) and (
-                not missing or len(self._remotes) - len(missing) >= self._gathering.min_machines
-            ):
+            num_there = len(self._remotes) - len(missing)
+            if all(remote.was_left_out for remote in missing) and num_there >= self._gathering.min_machines:
                 return None
             has_given_up = all(self._is_first and r.failed_starts >= MAX_FAILED_STARTS for r in missing)
             if time.monotonic() > deadline or has_given_up:
                 break
             time.sleep(POLL_SECONDS)
         names = ", ".join(remote.name for remote in missing)
-        num_there = len(self._remotes) - len(missing)
         if num_there < self._gathering.min_machines:
             why = (
                 f"the command that starts a node there failed {MAX_FAILED_STARTS} times; run it by hand, --dry-run shows it"

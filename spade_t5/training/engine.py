@@ -7,16 +7,13 @@ A step whose loss or gradient is not finite is skipped on all ranks: it counts, 
 """
 
 import contextlib
-import functools
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from spade_t5 import ops
@@ -31,7 +28,6 @@ from spade_t5.checkpoint import (
 )
 from spade_t5.checkpoint.request import take_request
 from spade_t5.checkpoint.state import EVALUATION_IS_DUE
-from spade_t5.devices import peak_flops
 from spade_t5.errors import ConfigError, RunAbortedError, SaveError, StopRequestedError
 from spade_t5.training import distributed, samples
 from spade_t5.training.agreement import on_main
@@ -39,6 +35,7 @@ from spade_t5.training.averaging import WeightAverage
 from spade_t5.training.backend import Backend, SingleProcess
 from spade_t5.training.compilation import compile_blocks
 from spade_t5.training.config import TrainingConfig
+from spade_t5.training.costs import StepCosts
 from spade_t5.training.data import Batch, BatchShape, Cursor, RowSource, TrainingRows
 from spade_t5.training.deepspeed import DeepSpeedBackend, start_processes
 from spade_t5.training.host_memory import keep_freed_memory
@@ -52,9 +49,8 @@ from spade_t5.training.skipping import SkippedSteps
 from spade_t5.training.spikes import SpikeDetector
 from spade_t5.training.steps import Evaluation, StepResult, Steps
 from spade_t5.training.stopping import StopRequests
-from spade_t5.training.stragglers import RankTimes
-from spade_t5.training.throughput import CountFlops, MemoryMeter, Work, rates, work_of
-from spade_t5.training.timing import OUTSIDE_STEPS, Part, clock_of
+from spade_t5.training.throughput import CountFlops, Work, work_of
+from spade_t5.training.timing import Part, clock_of
 from spade_t5.training.wandb_run import WandbRun
 from spade_t5.training.watchdog import Phase, Watchdog
 
@@ -123,7 +119,6 @@ class Trainer:
         self.backend = make_backend(model, config)
         self.objective = objective
         self._clock = clock_of(distributed.device())
-        self._seconds_by: Counter[Part] = Counter()
         self._steps = Steps(
             self.backend,
             objective,
@@ -133,8 +128,7 @@ class Trainer:
         )
         self._count_flops = count_flops
         self._norms = None if config.norms_every_steps is None else PartNorms(self.backend, part_of)
-        self._memory = MemoryMeter(distributed.device())
-        self._rank_times = RankTimes(config.log_every_steps)
+        self._costs = StepCosts(config)
         self.config = config
         self.run_dir = run_dir
         self._train_rows, self._eval_rows = train_rows, eval_rows
@@ -347,12 +341,7 @@ class Trainer:
         self, result: StepResult, agreed: Agreed, learning_rate_factor: float, seconds_by: dict[Part, float]
     ) -> None:
         """Records what came of a step, and what it took."""
-        self._seconds_by.update(seconds_by)
-        seconds = sum(value for part, value in seconds_by.items() if part not in OUTSIDE_STEPS)
-        memory = self._memory.read()
-        rank_times = self._rank_times.add(
-            self._step, seconds, seconds - seconds_by["communication"], next(iter(memory.values()), 0)
-        )
+        costs = self._costs.metrics(self._step, agreed.work, seconds_by)
         if self._reporter is None:
             return
         self._reporter.train_step(
@@ -364,12 +353,8 @@ class Trainer:
                 "grad_norm": result.grad_norm,
                 "targets": int(agreed.work.targets),
                 "tokens": self._tokens,
-                **rates(agreed.work, seconds, distributed.world_size(), self._peak_flops),
-                "seconds": seconds,
-                "seconds_by": seconds_by,
-                "memory": memory,
+                **costs,
                 "samples": agreed.samples,
-                **({} if rank_times is None else {"ranks": rank_times}),
                 **result.norms,
                 **_group_metrics(result.loss_by),
             }
@@ -381,21 +366,7 @@ class Trainer:
         """Records where the time went, at the end of a run that did not fail."""
         if kind is not None and not issubclass(kind, StopRequestedError):
             return
-        self._seconds_by.update(self._clock.lap())
-        total = sum(self._seconds_by.values())
-        self._record("time", seconds=total, seconds_by=dict(self._seconds_by))
-        shares = ", ".join(f"{part} {value / total:.1%}" for part, value in self._seconds_by.most_common())
-        logger.info("time: %.1f s, of which %s", total, shares)
-
-    @functools.cached_property
-    def _peak_flops(self) -> float | None:
-        """What one device can do in a second; None: unknown."""
-        if self.config.peak_tflops is not None:
-            return self.config.peak_tflops * 1e12
-        device = distributed.device()
-        if device.type != "cuda":
-            return None
-        return peak_flops(torch.cuda.get_device_name(device), self.config.precision)
+        self._record("time", **self._costs.total(self._clock.lap()))
 
     @property
     def _largest_loss(self) -> float:
