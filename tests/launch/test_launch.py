@@ -27,6 +27,7 @@ from spade_t5.launch.rank import output_files
 from spade_t5.launch.stop_requests import LauncherStop
 from spade_t5.launch.supervisor import Supervision, supervise
 from spade_t5.testing import documented, launch_ranks, run_command
+from spade_t5.testing.background import BackgroundLaunch
 from spade_t5.testing.runs import assert_exact, attempts, lineage, write_recipe
 from spade_t5.training import data as training_data
 from spade_t5.training import stopping
@@ -36,17 +37,16 @@ SPADE_T5 = [sys.executable, "-m", "spade_t5.launch"]
 STEPS = 24
 
 
-class Launched:
+class Launched(BackgroundLaunch):
     """A launcher that runs in the background, and the processes below it; as a context it leaves nothing running."""
 
     def __init__(self, recipe: Path, run_dir: Path, *words: str, options: tuple[str, ...] = ()) -> None:
-        self.run_dir = run_dir
-        self._err = run_dir.parent / f"{run_dir.name}.err"
+        super().__init__(run_dir)
         command = [*SPADE_T5, "launch", "local", "--nproc-per-node", "2", *options]
         command += ["--", "pretrain", str(recipe), f"run_dir={run_dir}", *words]
         reader, out = os.pipe()
         os.close(reader)  # nobody reads what it prints, as behind `| head -1`
-        with self._err.open("ab") as err, os.fdopen(out, "wb") as closed:
+        with self.log.open("ab") as err, os.fdopen(out, "wb") as closed:
             self._launcher = psutil.Popen(
                 command, stdout=closed, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
@@ -60,10 +60,6 @@ class Launched:
         if self._launcher.poll() is None:
             self._launcher.kill()
             self._launcher.wait()
-
-    @property
-    def stderr(self) -> str:
-        return self._err.read_text()
 
     @property
     def agent(self) -> psutil.Process:
@@ -86,16 +82,8 @@ class Launched:
         except psutil.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s\n{self.stderr[-4000:]}") from None
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self._launcher.poll() is None, self.stderr
-            assert time.monotonic() < deadline, self.stderr
-            time.sleep(0.02)
-
-    def wait_for_steps(self, count: int) -> None:
-        """Until so many steps were made, redone ones counted as well."""
-        self.wait_until(lambda: len(attempts(self.run_dir)) >= count)
+    def is_running(self) -> bool:
+        return self._launcher.poll() is None
 
 
 def assert_gone(processes: list[psutil.Process], within_seconds: float = 2) -> None:

@@ -18,6 +18,7 @@ import pytest
 from spade_t5.checkpoint import list_checkpoints, verify_checkpoint
 from spade_t5.launch.cli import main
 from spade_t5.testing import documented, guide, launch_ranks
+from spade_t5.testing.background import BackgroundLaunch
 from spade_t5.testing.hosts import Host, Hosts, hosts_or_skip
 from spade_t5.testing.runs import assert_exact, attempts, lineage, write_recipe
 
@@ -33,7 +34,7 @@ START_WITH_VARIABLES = "spade-t5 launch hostfile --hostfile hosts --env WANDB_AP
 SECRET = "never-to-be-seen-0123456789"
 
 
-class Launched:
+class Launched(BackgroundLaunch):
     """The guide's `spade-t5 launch hostfile` on host1, and what it started on all hosts; as a context it leaves nothing running.
 
     Args:
@@ -58,9 +59,8 @@ class Launched:
         env: dict[str, str] | None = None,
         start: str = START,
     ) -> None:
-        self.run_dir = run_dir
+        super().__init__(run_dir)
         self._hosts = hosts
-        self._err = run_dir.parent / f"{run_dir.name}.err"
         hostfile = run_dir.parent / "hostfile"
         hostfile.write_text("".join(f"{host.name} slots={count}\n" for host, count in zip(hosts, slots, strict=True)))
         changes = {
@@ -72,7 +72,7 @@ class Launched:
             **({"3:4": [str(len(hosts))]} if start == START else {}),
         }
         command = [*SPADE_T5, *guide.command("multinode.md", start, changes)]
-        with self._err.open("ab") as err:
+        with self.log.open("ab") as err:
             self._launcher = hosts[0].popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -94,10 +94,6 @@ class Launched:
                 host.kill_all()
                 host.start_sshd()
 
-    @property
-    def stderr(self) -> str:
-        return self._err.read_text()
-
     def send(self, number: int) -> None:
         self._launcher.kill(number)
 
@@ -111,16 +107,8 @@ class Launched:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s\n{self.stderr[-4000:]}") from None
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self._launcher.poll() is None, self.stderr
-            assert time.monotonic() < deadline, self.stderr
-            time.sleep(0.02)
-
-    def wait_for_steps(self, count: int) -> None:
-        """Until so many steps were made, redone ones counted as well."""
-        self.wait_until(lambda: len(attempts(self.run_dir)) >= count)
+    def is_running(self) -> bool:
+        return self._launcher.poll() is None
 
     def wait_for_more_steps(self, count: int) -> None:
         """Until so many more were made."""
